@@ -1,0 +1,42 @@
+#include "core/classify.h"
+#include "core/normalize.h"
+#include "core/task.h"
+
+namespace paramkit {
+
+void Program::add_contiguous(void* dst, const void* src, int64_t size, int width) {
+  Task task;
+  task.dst = static_cast<char*>(dst);
+  task.src = static_cast<const char*>(src);
+  task.run = size;
+  task.dims = static_cast<uint32_t>(dims.size());
+  task.rank = 0;
+  task.width = static_cast<uint8_t>(width);
+  task.family = Family::Copy;
+  task.units = size > 4 * kBlock ? (size + kBlock - 1) / kBlock : 1;
+  tasks.push_back(task);
+  bytes += size;
+  ++families[static_cast<int>(Family::Copy)];
+}
+
+void Program::add(void* dst, const void* src, int width, const Dim* loops, int rank) {
+  Dim local[kMaxRank];
+  for (int i = 0; i < rank; ++i) local[i] = loops[i];
+  rank = normalize(local, rank);
+  if (rank < 0) return;
+
+  Task task;
+  task.dst = static_cast<char*>(dst);
+  task.src = static_cast<const char*>(src);
+  task.dims = static_cast<uint32_t>(dims.size());
+  task.width = static_cast<uint8_t>(width);
+  classify(task, local, rank);
+  dims.insert(dims.end(), local, local + task.rank);
+  tasks.push_back(task);
+  int64_t size = task.run;
+  for (int i = 0; i < task.rank; ++i) size *= local[i].size;
+  bytes += size;
+  ++families[static_cast<int>(task.family)];
+}
+
+}  // namespace paramkit
