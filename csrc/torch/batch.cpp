@@ -1,0 +1,351 @@
+#include "torch/batch.h"
+
+#include <ATen/MemoryOverlap.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <Python.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+
+#include "core/normalize.h"
+#include "cpu/run.h"
+
+namespace paramkit {
+
+Routes& routes() {
+  static thread_local Routes counts{};
+  return counts;
+}
+
+namespace {
+
+constexpr int kNative = kFamilies;
+
+std::string entry(const char* list, const char* single, int64_t index) {
+  return index < 0 ? std::string(single) : std::string(list) + "[" + std::to_string(index) + "]";
+}
+std::string dst_name(const Batch::Place& at) { return entry("dsts", "dst", at.index); }
+std::string src_name(const Batch::Place& at) { return entry("srcs", "src", at.index); }
+std::string value_name(const Batch::Place& at) { return entry("values", "value", at.index); }
+
+// The loops of `dst <- src` with the source broadcast to the destination's shape.
+int loops(const at::TensorImpl& dst, const at::TensorImpl& src, Dim* dims) {
+  const auto rank = dst.dim(), missing = rank - src.dim();
+  const auto dst_width = static_cast<int64_t>(dst.itemsize()), src_width = static_cast<int64_t>(src.itemsize());
+  const auto sizes = dst.sizes(), dst_strides = dst.strides(), src_sizes = src.sizes(), src_strides = src.strides();
+  for (int64_t i = 0; i < rank; ++i) {
+    const bool repeated = i < missing || src_sizes[i - missing] == 1;
+    dims[i] = {sizes[i], dst_strides[i] * dst_width, repeated ? 0 : src_strides[i - missing] * src_width};
+  }
+  return static_cast<int>(rank);
+}
+
+bool broadcasts(const at::TensorImpl& dst, const at::TensorImpl& src) {
+  const auto missing = dst.dim() - src.dim();
+  if (missing < 0) return false;
+  for (int64_t i = 0; i < src.dim(); ++i) {
+    if (src.sizes()[i] != 1 && src.sizes()[i] != dst.sizes()[i + missing]) return false;
+  }
+  return true;
+}
+
+template <class Check>
+void in_context(const Batch::Place& place, const std::string& what, Check check) {
+  try {
+    check();
+  } catch (c10::Error& error) {
+    error.add_context(std::string("in paramkit.") + place.op + ", " + what);
+    throw;
+  }
+}
+
+// Whether any task writes memory that another task reads or writes.
+bool share_memory(const Program& program, size_t first, size_t last) {
+  struct Span {
+    const char* begin;
+    const char* end;
+    size_t task;
+    bool written;
+  };
+  std::vector<Span> spans;
+  spans.reserve(2 * (last - first));
+  for (size_t t = first; t < last; ++t) {
+    const Task& task = program.tasks[t];
+    int64_t dst = task.run, src = task.family == Family::Fill ? task.width : task.run;
+    for (int i = 0; i < task.rank; ++i) {
+      const Dim& dim = program.dims[task.dims + static_cast<size_t>(i)];
+      dst += (dim.size - 1) * dim.dst;
+      src += (dim.size - 1) * dim.src;
+    }
+    spans.push_back({task.dst, task.dst + dst, t, true});
+    spans.push_back({task.src, task.src + src, t, false});
+  }
+  std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
+  // The furthest end seen so far, of writes and of reads, with the task that it belongs to.
+  const Span* write = nullptr;
+  const Span* read = nullptr;
+  for (const Span& span : spans) {
+    if (write != nullptr && span.begin < write->end && span.task != write->task) return true;
+    if (span.written && read != nullptr && span.begin < read->end && span.task != read->task) return true;
+    const Span*& furthest = span.written ? write : read;
+    if (furthest == nullptr || span.end > furthest->end) furthest = &span;
+  }
+  return false;
+}
+
+void parallel(int n, void (*body)(void*, int), void* context) {
+  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(context, static_cast<int>(i));
+  });
+}
+
+// Work shorter than this keeps the GIL: giving it up and taking it back costs more when another
+// thread wants it.
+constexpr int64_t kReleaseGil = 1 << 20;
+
+class ReleaseGil {
+ public:
+  explicit ReleaseGil(bool wanted) : state_(wanted && PyGILState_Check() ? PyEval_SaveThread() : nullptr) {}
+  ~ReleaseGil() {
+    if (state_ != nullptr) PyEval_RestoreThread(state_);
+  }
+  ReleaseGil(const ReleaseGil&) = delete;
+  ReleaseGil& operator=(const ReleaseGil&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
+}  // namespace
+
+void run_tasks(const Program& program, size_t first, size_t last, bool disjoint) {
+  if (first == last) return;
+  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const ReleaseGil released(program.bytes >= kReleaseGil);
+  if (threads == 1 || program.bytes < cpu::kParallelBytes || last - first == 1 || disjoint ||
+      !share_memory(program, first, last)) {
+    return cpu::run(program, first, last, threads, parallel);
+  }
+  for (size_t t = first; t < last; ++t) cpu::run(program, t, t + 1, threads, parallel);
+}
+
+void Batch::check_version(Place place, Access how) const {
+  TORCH_CHECK(how != Access::Inference || autograd_ == Autograd::Below || c10::InferenceMode::is_enabled(), place.op,
+              ": ", dst_name(place),
+              " is an inference tensor. Inplace update to inference tensor outside InferenceMode is not allowed: "
+              "clone it, or write inside torch.inference_mode()");
+}
+
+bool Batch::records(const at::Tensor& dst, const at::TensorImpl* src) const {
+  return autograd_ == Autograd::Follow && needs_autograd(dst, src);
+}
+
+namespace {
+
+// Whether the shape of a tensor is what it says, and may be asked for.
+bool has_shape(const at::Tensor& tensor) {
+  constexpr auto own_shapes = c10::DispatchKeySet(c10::DispatchKey::NestedTensor) | c10::functorch_transforms_ks;
+  return !tensor.key_set().has_any(own_shapes) && !tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+}
+
+}  // namespace
+
+void Batch::check_native(Place place, const at::Tensor& dst, const at::Tensor& src) const {
+  TORCH_CHECK_NOT_IMPLEMENTED(!src.is_meta() || dst.is_meta(), place.op, ": Cannot copy out of meta tensor; no data! ",
+                              src_name(place), " is on the meta device: load its values first");
+  if (dst.layout() != c10::kStrided || !has_shape(dst) || !has_shape(src)) return;
+  TORCH_CHECK(broadcasts(*dst.unsafeGetTensorImpl(), *src.unsafeGetTensorImpl()), place.op, ": ", src_name(place),
+              " of shape ", src.sizes(), " does not broadcast to ", dst_name(place), " of shape ", dst.sizes());
+  in_context(place, dst_name(place), [&] { records(dst, src.unsafeGetTensorImpl()); });
+}
+
+void Batch::check_native(Place place, const at::Tensor& dst, const c10::Scalar& value) const {
+  in_context(place, value_name(place) + " into " + dst_name(place), [&] {
+    char bytes[16];
+    if (!c10::isQIntType(dst.scalar_type()))
+      scalar_bytes(value, dst.scalar_type(), has_shape(dst) ? dst.numel() : 2, bytes);
+    records(dst, nullptr);
+  });
+}
+
+void Batch::defer_copy(const at::Tensor& dst, const at::Tensor& src) {
+  if (autograd_ != Autograd::Ignore)
+    return deferred_.push_back({program_.tasks.size(), dst, src, {}, false, false, {}});
+  deferred_.push_back({program_.tasks.size(), dst.detach(), src.detach(), {}, false, false, {}});
+}
+
+// Both plain, nothing for autograd to record: straight to torch's CPU kernel, as _foreach_copy_ does.
+void Batch::defer_cast(const at::Tensor& dst, const at::Tensor& src) {
+  deferred_.push_back({program_.tasks.size(), dst, src, {}, false, true, {}});
+  bumps_.push_back(dst.unsafeGetTensorImpl());
+}
+
+void Batch::defer_fill(const at::Tensor& dst, const c10::Scalar& value) {
+  deferred_.push_back({program_.tasks.size(), dst, {}, value, true, false, {}});
+}
+
+void Batch::defer(std::function<void()> write) {
+  deferred_.push_back({program_.tasks.size(), {}, {}, {}, false, false, std::move(write)});
+}
+
+void Batch::Deferred::write(bool non_blocking) const {
+  if (call) return call();
+  if (raw) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    dst.copy_(src, non_blocking);
+  } else if (!fill) {
+    dst.copy_(src, non_blocking);
+  } else if (value) {
+    dst.fill_(*value);
+  } else {
+    dst.fill_(src);
+  }
+}
+
+void Batch::copy(Place place, const at::Tensor& dst, const at::Tensor& src) {
+  const at::TensorImpl& to = *dst.unsafeGetTensorImpl();
+  const at::TensorImpl& from = *src.unsafeGetTensorImpl();
+  const Access how = access(to);
+  if (how == Access::Native || access(from) == Access::Native) {
+    check_native(place, dst, src);
+    return defer_copy(dst, src);
+  }
+  // The commonest pair: same dtype and shape, both dense. Everything else takes the longer way.
+  const bool detached =
+      autograd_ != Autograd::Follow || (to.autograd_meta() == nullptr && from.autograd_meta() == nullptr);
+  if (detached && how == Access::Plain && to.dtype() == from.dtype() && to.is_contiguous() && from.is_contiguous() &&
+      to.sizes() == from.sizes()) {
+    const auto type = c10::typeMetaToScalarType(to.dtype());
+    const auto width = static_cast<int>(to.itemsize());
+    const int64_t bytes = to.numel() * width;
+    char* d = data(to);
+    const char* s = data(from);
+    if (bytes > 0 && d != nullptr && s != nullptr && !(d < s + bytes && s < d + bytes) &&
+        conversion_known(type, type)) {
+      bumps_.push_back(dst.unsafeGetTensorImpl());
+      return program_.add_contiguous(d, s, bytes, width);
+    }
+  }
+  copy_strided(place, dst, src);
+}
+
+void Batch::copy_strided(Place place, const at::Tensor& dst, const at::Tensor& src) {
+  const at::TensorImpl& to = *dst.unsafeGetTensorImpl();
+  const at::TensorImpl& from = *src.unsafeGetTensorImpl();
+  TORCH_CHECK(broadcasts(to, from), place.op, ": ", src_name(place), " of shape ", from.sizes(),
+              " does not broadcast to ", dst_name(place), " of shape ", to.sizes());
+  check_version(place, access(to));
+  const bool written = to.numel() > 0;
+  if (written) {
+    for (int64_t i = 0; i < to.dim(); ++i) {
+      TORCH_CHECK(to.strides()[i] != 0 || to.sizes()[i] == 1, place.op,
+                  ": unsupported operation: more than one element of ", dst_name(place),
+                  " refers to a single memory location (shape ", to.sizes(), ", stride ", to.strides(),
+                  "). Please clone() the tensor before performing the operation.");
+    }
+  }
+  TORCH_CHECK(!written || (data(to) != nullptr && (from.numel() == 0 || data(from) != nullptr)), place.op, ": ",
+              data(to) == nullptr ? dst_name(place) : src_name(place),
+              " has a shape but no memory (its storage was resized to 0, as FSDP does): gather it first");
+  const bool meets = written && range(to).meets(range(from));
+  if (meets) {
+    TORCH_CHECK(&to == &from || at::get_overlap_status(&to, &from) != at::MemOverlapStatus::Partial, place.op,
+                ": unsupported operation: some elements of ", src_name(place), " and ", dst_name(place),
+                " refer to a single memory location. Please clone() the tensor before performing the operation.");
+  }
+  const auto to_type = c10::typeMetaToScalarType(to.dtype()), from_type = c10::typeMetaToScalarType(from.dtype());
+  in_context(place, src_name(place) + " into " + dst_name(place), [&] { check_conversion(to_type, from_type); });
+  bool recorded = false;
+  in_context(place, dst_name(place), [&] { recorded = records(dst, &from); });
+  if (recorded || meets) return defer_copy(dst, src);
+  if (to_type != from_type) return defer_cast(dst, src);
+
+  Dim dims[kMaxRank];
+  const int rank = loops(to, from, dims);
+  const int width = static_cast<int>(to.itemsize());
+  if (written) {
+    // Destinations that may hold one element twice (as_strided windows) keep torch's order of writes.
+    if (!injective(dims, rank, width)) return defer_copy(dst, src);
+    program_.add(data(to), data(from), width, dims, rank);
+  }
+  bumps_.push_back(dst.unsafeGetTensorImpl());
+}
+
+const char* Batch::element(const c10::Scalar& value, c10::ScalarType type, int64_t numel) {
+  elements_.emplace_back();
+  scalar_bytes(value, type, numel, elements_.back().data());
+  return elements_.back().data();
+}
+
+void Batch::fill(Place place, const at::Tensor& dst, const c10::Scalar& value) {
+  const at::TensorImpl& to = *dst.unsafeGetTensorImpl();
+  const Access how = access(to);
+  if (how == Access::Native) {
+    check_native(place, dst, value);
+    return defer_fill(dst, value);
+  }
+  check_version(place, how);
+  const bool written = to.numel() > 0;
+  TORCH_CHECK(!written || data(to) != nullptr, place.op, ": ", dst_name(place),
+              " has a shape but no memory (its storage was resized to 0, as FSDP does): gather it first");
+  const char* bytes = nullptr;
+  bool recorded = false;
+  in_context(place, value_name(place) + " into " + dst_name(place), [&] {
+    bytes = element(value, c10::typeMetaToScalarType(to.dtype()), to.numel());
+    recorded = records(dst, nullptr);
+  });
+  Dim dims[kMaxRank];
+  const int rank = static_cast<int>(to.dim()), width = static_cast<int>(to.itemsize());
+  for (int i = 0; i < rank; ++i) dims[i] = {to.sizes()[i], to.strides()[i] * width, 0};
+  if (recorded || (written && !injective(dims, rank, width))) {
+    return defer_fill(dst, value);
+  }
+  if (written) program_.add(data(to), bytes, width, dims, rank);
+  bumps_.push_back(dst.unsafeGetTensorImpl());
+}
+
+void Batch::fill(Place place, const at::Tensor& dst, const at::Tensor& value) {
+  TORCH_CHECK(value.dim() == 0, place.op, ": fill_ only supports 0-dimension value tensor but got ", value_name(place),
+              " with ", value.dim(), " dimensions");
+  const bool same_memory = dst.has_storage() && value.has_storage() && dst.is_alias_of(value);
+  if (!same_memory && access(*dst.unsafeGetTensorImpl()) != Access::Native &&
+      access(*value.unsafeGetTensorImpl()) != Access::Native && at::has_internal_overlap(dst) != at::MemOverlap::Yes) {
+    return copy(place, dst, value);
+  }
+  TORCH_CHECK_NOT_IMPLEMENTED(!value.is_meta() || dst.is_meta(), place.op, ": ", value_name(place),
+                              " is on the meta device: no data to fill with");
+  in_context(place, dst_name(place), [&] { records(dst, value.unsafeGetTensorImpl()); });
+  deferred_.push_back({program_.tasks.size(), dst, value, {}, true, false, {}});
+}
+
+bool Batch::runs_python() const { return program_.bytes >= kReleaseGil || !deferred_.empty(); }
+
+void Batch::run(bool non_blocking) {
+  if (autograd_ != Autograd::Below) {
+    for (at::TensorImpl* impl : bumps_) impl->bump_version();
+  }
+  std::vector<c10::intrusive_ptr<at::TensorImpl>> held;
+  if (runs_python()) {
+    for (at::TensorImpl* impl : bumps_) held.push_back(c10::intrusive_ptr<at::TensorImpl>::reclaim_copy(impl));
+  }
+  for (int f = 0; f < kFamilies; ++f) routes()[static_cast<size_t>(f)] += program_.families[f];
+  routes()[kNative] += static_cast<int64_t>(deferred_.size());
+  size_t done = 0;
+  for (const Deferred& deferred : deferred_) {
+    run_tasks(program_, done, deferred.before, false);
+    done = deferred.before;
+    deferred.write(non_blocking);
+  }
+  run_tasks(program_, done, program_.tasks.size(), false);
+}
+
+void Batch::clear() {
+  autograd_ = Autograd::Follow;
+  program_.clear();
+  bumps_.clear();
+  deferred_.clear();
+  elements_.clear();
+}
+
+}  // namespace paramkit

@@ -1,0 +1,93 @@
+// A list of writes on its way from torch tensors to the kernels: checked as it is recorded, written
+// only when all of it has been.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <deque>
+#include <functional>
+#include <optional>
+#include <vector>
+
+#include "core/task.h"
+#include "torch/tensors.h"
+
+namespace paramkit {
+
+// Writes by family on this thread, for tests that assert the route; the last entry counts pairs that
+// went to torch's own copy_ and fill_.
+using Routes = std::array<int64_t, kFamilies + 1>;
+Routes& routes();
+
+class Batch {
+ public:
+  // Who looks after autograd: Follow it as torch's own operators do; Ignore it, as under no_grad with
+  // detached sources; or the caller is a kernel Below it and has bumped the version counters.
+  enum class Autograd : uint8_t { Follow, Ignore, Below };
+  void set_autograd(Autograd mode) { autograd_ = mode; }
+
+  // Where an error happened, in the caller's words: "foreach_copy_", entry 3 of dsts and srcs. An
+  // index of -1 means that there is one tensor, not a list.
+  struct Place {
+    const char* op;
+    int64_t index;
+  };
+
+  // Record one write. They throw what torch throws for it, as far as that can be known beforehand.
+  // The caller keeps the sources alive until run() is over; run() keeps the destinations.
+  void copy(Place place, const at::Tensor& dst, const at::Tensor& src);
+  void fill(Place place, const at::Tensor& dst, const c10::Scalar& value);
+  void fill(Place place, const at::Tensor& dst, const at::Tensor& value);
+
+  // Check what can be known of a write that torch's own copy_ or fill_ will do.
+  void check_native(Place place, const at::Tensor& dst, const at::Tensor& src) const;
+  void check_native(Place place, const at::Tensor& dst, const c10::Scalar& value) const;
+
+  // Record a write that only Python can do (a subclass with __torch_function__): calls `write` in its
+  // turn.
+  void defer(std::function<void()> write);
+
+  // Whether other Python code may run during run(), because the GIL is given up or a write is Python's:
+  // then the caller has to hold references of its own to the sources.
+  bool runs_python() const;
+
+  // Bumps every version counter, then writes, in the order recorded wherever memory is shared.
+  void run(bool non_blocking);
+
+  void clear();
+
+ private:
+  // A pair that torch's own copy_ or fill_ writes.
+  struct Deferred {
+    size_t before;  // the task that must wait for it
+    at::Tensor dst, src;
+    std::optional<c10::Scalar> value;  // fill_ with a number
+    bool fill;
+    bool raw;                    // below autograd, the version bumped by us
+    std::function<void()> call;  // instead of all that
+
+    void write(bool non_blocking) const;
+  };
+
+  void check_version(Place place, Access how) const;
+  bool records(const at::Tensor& dst, const at::TensorImpl* src) const;
+  void copy_strided(Place place, const at::Tensor& dst, const at::Tensor& src);
+  void defer_copy(const at::Tensor& dst, const at::Tensor& src);
+  void defer_cast(const at::Tensor& dst, const at::Tensor& src);
+  void defer_fill(const at::Tensor& dst, const c10::Scalar& value);
+  const char* element(const c10::Scalar& value, c10::ScalarType type, int64_t numel);
+
+  Autograd autograd_ = Autograd::Follow;
+  Program program_;
+  std::vector<at::TensorImpl*> bumps_;
+  std::vector<Deferred> deferred_;
+  std::deque<std::array<char, 16>> elements_;  // of fills; a deque keeps their addresses
+};
+
+// Runs the tasks [first, last) with torch's threads, the GIL released if it is held and the work is
+// long. `disjoint`: the caller knows that no task writes what another reads or writes; otherwise it is
+// looked at, and tasks that share memory run in order.
+void run_tasks(const Program& program, size_t first, size_t last, bool disjoint);
+
+}  // namespace paramkit

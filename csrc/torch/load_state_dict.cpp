@@ -1,0 +1,174 @@
+#include "torch/load_state_dict.h"
+
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <unordered_map>
+
+#include "torch/batch.h"
+#include "torch/scratch.h"
+
+namespace paramkit {
+
+namespace {
+
+namespace py = pybind11;
+
+PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
+
+// The attribute names looked up in every module, interned once.
+struct Names {
+  PyObject* parameters = interned("_parameters");
+  PyObject* buffers = interned("_buffers");
+  PyObject* modules = interned("_modules");
+  PyObject* transient = interned("_non_persistent_buffers_set");
+  PyObject* pre_hooks = interned("_load_state_dict_pre_hooks");
+  PyObject* post_hooks = interned("_load_state_dict_post_hooks");
+  PyObject* load = interned("_load_from_state_dict");
+};
+
+const Names& names() {
+  static const Names all;
+  return all;
+}
+
+// torch's own implementations; never freed, as modules of the interpreter are.
+struct Standard {
+  py::object module = py::module_::import("torch.nn").attr("Module");
+  py::object load = module.attr("_load_from_state_dict");
+  // Acts only on checkpoints without num_batches_tracked, whose missing name ends the shortcut anyway.
+  py::object batch_norm_load =
+      py::module_::import("torch.nn.modules.batchnorm").attr("_NormBase").attr("_load_from_state_dict");
+  py::object set_extra_state = module.attr("set_extra_state");
+};
+
+const Standard& standard() {
+  static const auto* all = new Standard;
+  return *all;
+}
+
+// Whether modules of a class load in the standard way. Looked up once per version of the class: Python
+// gives a class a new version tag whenever it, or a base, is changed.
+bool standard_class(PyTypeObject* type) {
+  struct Entry {
+    unsigned int version;
+    bool standard;
+  };
+  static std::unordered_map<PyTypeObject*, Entry> seen;
+  const auto found = seen.find(type);
+  if (found != seen.end() && found->second.version == type->tp_version_tag && type->tp_version_tag != 0) {
+    return found->second.standard;
+  }
+  const py::handle cls(reinterpret_cast<PyObject*>(type));
+  const py::object load = cls.attr("_load_from_state_dict");
+  const bool is_standard = (load.is(standard().load) || load.is(standard().batch_norm_load)) &&
+                           py::object(cls.attr("set_extra_state")).is(standard().set_extra_state);
+  seen[type] = {type->tp_version_tag, is_standard};
+  return is_standard;
+}
+
+PyObject* item(PyObject* dict, PyObject* key) {
+  PyObject* value = PyDict_GetItemWithError(dict, key);
+  if (value == nullptr && PyErr_Occurred() != nullptr) throw python_error();
+  return value;
+}
+
+PyObject* table(PyObject* attributes, PyObject* name) {
+  PyObject* value = item(attributes, name);
+  return value != nullptr && PyDict_Check(value) ? value : nullptr;
+}
+
+class Loader {
+ public:
+  Loader(Batch& batch, PyObject* state_dict) : batch_(batch), state_dict_(state_dict) {}
+
+  // False: something here is not standard, or not in the state dict.
+  bool visit(PyObject* module, PyObject* prefix) {
+    PyObject** slot = _PyObject_GetDictPtr(module);
+    if (slot == nullptr || *slot == nullptr || !standard_class(Py_TYPE(module))) return false;
+    PyObject* attributes = *slot;
+    PyObject* parameters = table(attributes, names().parameters);
+    PyObject* buffers = table(attributes, names().buffers);
+    PyObject* modules = table(attributes, names().modules);
+    PyObject* transient = item(attributes, names().transient);
+    PyObject* pre_hooks = table(attributes, names().pre_hooks);
+    PyObject* post_hooks = table(attributes, names().post_hooks);
+    if (parameters == nullptr || buffers == nullptr || modules == nullptr || transient == nullptr ||
+        !PyAnySet_Check(transient) || pre_hooks == nullptr || post_hooks == nullptr || PyDict_GET_SIZE(pre_hooks) > 0 ||
+        PyDict_GET_SIZE(post_hooks) > 0 || item(attributes, names().load) != nullptr) {
+      return false;
+    }
+    return add_all(parameters, prefix, nullptr) &&
+           add_all(buffers, prefix, PySet_GET_SIZE(transient) > 0 ? transient : nullptr) &&
+           visit_children(modules, prefix);
+  }
+
+  Py_ssize_t loaded() const { return loaded_; }
+
+ private:
+  static py::object join(PyObject* prefix, PyObject* name) {
+    PyObject* joined = prefix == nullptr ? Py_NewRef(name) : PyUnicode_Concat(prefix, name);
+    if (joined == nullptr) throw python_error();
+    return py::reinterpret_steal<py::object>(joined);
+  }
+
+  bool add_all(PyObject* tensors, PyObject* prefix, PyObject* skip) {
+    PyObject *name = nullptr, *value = nullptr;
+    Py_ssize_t position = 0;
+    while (PyDict_Next(tensors, &position, &name, &value) != 0) {
+      if (value == Py_None) continue;
+      if (skip != nullptr) {
+        const int contained = PySet_Contains(skip, name);
+        if (contained < 0) throw python_error();
+        if (contained == 1) continue;
+      }
+      PyObject* source = item(state_dict_, join(prefix, name).ptr());
+      if (source == nullptr || !THPVariable_CheckExact(value) || !THPVariable_CheckExact(source)) return false;
+      const at::Tensor& dst = THPVariable_Unpack(value);
+      const at::Tensor& src = THPVariable_Unpack(source);
+      if (access(*dst.unsafeGetTensorImpl()) != Access::Plain || access(*src.unsafeGetTensorImpl()) == Access::Native ||
+          dst.sizes() != src.sizes()) {
+        return false;
+      }
+      batch_.copy({"load_state_dict", loaded_}, dst, src);
+      ++loaded_;
+    }
+    return true;
+  }
+
+  bool visit_children(PyObject* modules, PyObject* prefix) {
+    static PyObject* const dot = interned(".");
+    PyObject *name = nullptr, *child = nullptr;
+    Py_ssize_t position = 0;
+    while (PyDict_Next(modules, &position, &name, &child) != 0) {
+      if (child == Py_None) continue;
+      if (!visit(child, join(join(prefix, name).ptr(), dot).ptr())) return false;
+    }
+    return true;
+  }
+
+  Batch& batch_;
+  PyObject* state_dict_;
+  Py_ssize_t loaded_ = 0;
+};
+
+}  // namespace
+
+bool load_state_dict(PyObject* model, PyObject* state_dict) {
+  if (!PyDict_Check(state_dict)) return false;
+  const Scratch batch;
+  batch->set_autograd(Batch::Autograd::Ignore);
+  Loader loader(*batch, state_dict);
+  try {
+    if (!loader.visit(model, nullptr) || loader.loaded() != PyDict_GET_SIZE(state_dict)) return false;
+  } catch (const c10::Error&) {
+    return false;  // torch's own way says it better
+  }
+  // Another thread may change the state dict while the GIL is given up.
+  const auto held = py::reinterpret_steal<py::object>(batch->runs_python() ? PyDict_Copy(state_dict) : nullptr);
+  batch->run(false);
+  return true;
+}
+
+}  // namespace paramkit

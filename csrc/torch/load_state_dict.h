@@ -1,0 +1,12 @@
+#pragma once
+
+#include <Python.h>
+
+namespace paramkit {
+
+// Loads a state dict whose names and shapes match the model exactly, where every module of the model
+// loads in torch's standard way. Returns false, with nothing written, in every other case: those are
+// left to torch's own Module.load_state_dict, which knows about hooks and says what is wrong.
+bool load_state_dict(PyObject* model, PyObject* state_dict);
+
+}  // namespace paramkit

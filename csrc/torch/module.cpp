@@ -1,0 +1,84 @@
+// The Python module paramkit._C.
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include "core/task.h"
+#include "cpu/capability.h"
+#include "torch/batch.h"
+#include "torch/plan.h"
+#include "torch/python_ops.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using paramkit::Plan;
+
+std::vector<int64_t> integers(const py::handle& sequence) { return sequence.cast<std::vector<int64_t>>(); }
+
+std::unique_ptr<Plan> make_plan(std::vector<at::Tensor> dsts, std::vector<at::Tensor> srcs, const py::sequence& writes,
+                                const py::sequence& slots, bool follow_autograd, bool ordered) {
+  std::vector<Plan::Write> all_writes;
+  all_writes.reserve(py::len(writes));
+  for (const py::handle item : writes) {
+    const auto write = py::reinterpret_borrow<py::sequence>(item);
+    all_writes.push_back({write[0].cast<int64_t>(), write[1].cast<int64_t>(), integers(write[2]), integers(write[3]),
+                          write[4].cast<int64_t>(), integers(write[5]), write[6].cast<int64_t>()});
+  }
+  std::vector<Plan::Slot> all_slots;
+  all_slots.reserve(py::len(slots));
+  for (const py::handle item : slots) {
+    const auto slot = py::reinterpret_borrow<py::sequence>(item);
+    all_slots.push_back({slot[0], slot[1], slot[2]});
+  }
+  return std::make_unique<Plan>(std::move(dsts), std::move(srcs), std::move(all_writes), std::move(all_slots),
+                                follow_autograd, ordered);
+}
+
+std::vector<std::string> capabilities() {
+  std::vector<std::string> names;
+  for (const auto* kernels : paramkit::cpu::available()) names.emplace_back(kernels->name);
+  return names;
+}
+
+void set_capability(const std::string& name) {
+  if (paramkit::cpu::choose(name.c_str())) return;
+  std::string choices;
+  for (const std::string& choice : capabilities()) choices += (choices.empty() ? "" : ", ") + choice;
+  throw py::value_error("this machine cannot run the instruction set '" + name + "'; it has: " + choices);
+}
+
+py::dict routes() {
+  py::dict counts;
+  for (int f = 0; f < paramkit::kFamilies; ++f) {
+    counts[paramkit::kFamilyNames[f]] = paramkit::routes()[static_cast<size_t>(f)];
+  }
+  counts["native"] = paramkit::routes()[paramkit::kFamilies];
+  return counts;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.attr("NAME") = "cpu";
+  if (PyModule_AddFunctions(m.ptr(), paramkit::kOperators) != 0) throw py::error_already_set();
+  m.def("capability", [] { return std::string(paramkit::cpu::active().name); });
+  m.def("capabilities", &capabilities);
+  m.def("set_capability", &set_capability);
+  m.def("routes", &routes);
+  m.def("torch_version", [] { return std::string(TORCH_VERSION); });
+  py::class_<Plan>(m, "Plan")
+      .def(py::init(&make_plan))
+      .def("families", &Plan::families)
+      .def("replaced", &Plan::replaced)
+      .def("moved", &Plan::moved)
+      .def("destinations", &Plan::destinations)
+      .def("sources", &Plan::sources)
+      .def("rebind", torch::wrap_pybind_function([](Plan& plan, const py::dict& tensors, const py::list& names) {
+             return plan.rebind(tensors, names);
+           }))
+      .def("run",
+           torch::wrap_pybind_function([](Plan& plan, const py::object& progress) { return plan.run(progress); }))
+      .def("verify", &Plan::verify);
+}

@@ -1,0 +1,345 @@
+#include "torch/plan.h"
+
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/normalize.h"
+#include "cpu/run.h"
+#include "torch/batch.h"
+#include "torch/scratch.h"
+
+namespace paramkit {
+
+namespace py = pybind11;
+
+namespace {
+
+// What a tensor's reference counts look like when only a C++ object holds it: measured, once, since
+// versions of torch differ in which side owns which.
+struct Counts {
+  size_t tensor;
+  Py_ssize_t object;
+};
+
+const Counts& orphan_counts() {
+  static const Counts result = [] {
+    const at::Tensor only_here = at::empty({0});
+    PyObject* object = THPVariable_Wrap(only_here);
+    Py_DECREF(object);  // not the last reference: the tensor keeps its object
+    return Counts{only_here.use_count(), Py_REFCNT(object)};
+  }();
+  return result;
+}
+
+// How many tensors ahead the memory of a replay is fetched. Without it each tensor waits for its own
+// cache misses, and checking a thousand costs three times as much as writing them.
+constexpr ptrdiff_t kAhead = 16;
+
+template <size_t bytes>
+inline void prefetch_lines(const void* object) {
+  const char* address = static_cast<const char*>(object);
+  for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(address + line);
+  if (bytes > 1) __builtin_prefetch(address + bytes - 1);  // objects start anywhere in a line
+}
+
+// A progress call about this often.
+constexpr int64_t kProgressBytes = 32 << 20;
+
+}  // namespace
+
+Plan::Plan(std::vector<at::Tensor> dsts, std::vector<at::Tensor> srcs, std::vector<Write> writes,
+           std::vector<Slot> slots, bool follow_autograd, bool ordered)
+    : dsts_(std::move(dsts)),
+      srcs_(std::move(srcs)),
+      writes_(std::move(writes)),
+      slots_(std::move(slots)),
+      follow_autograd_(follow_autograd),
+      ordered_(ordered) {
+  for (const at::Tensor& tensor : dsts_) {
+    dst_snapshots_.push_back(snapshot(tensor, follow_autograd_ && !tensor.is_view()));
+    inference_ |= tensor.is_inference();
+  }
+  for (const at::Tensor& tensor : srcs_) src_snapshots_.push_back(snapshot(tensor, false));
+  program_.tasks.reserve(writes_.size());
+  for (size_t w = 0; w < writes_.size(); ++w) compile(w);
+}
+
+void Plan::compile(size_t w) {
+  const Write& write = writes_[w];
+  const at::TensorImpl& dst = *dsts_.at(static_cast<size_t>(write.dst)).unsafeGetTensorImpl();
+  const at::TensorImpl& src = *srcs_.at(static_cast<size_t>(write.src)).unsafeGetTensorImpl();
+  const size_t rank = write.sizes.size();
+  if (access(dst) == Access::Native || access(src) == Access::Native || dst.dtype() != src.dtype() || rank > kMaxRank) {
+    native_.push_back(static_cast<uint32_t>(w));
+    return;
+  }
+  const auto width = static_cast<int64_t>(dst.itemsize());
+  Dim dims[kMaxRank];
+  for (size_t i = 0; i < rank; ++i)
+    dims[i] = {write.sizes[i], write.dst_strides[i] * width, write.src_strides[i] * width};
+  if (!injective(dims, static_cast<int>(rank), static_cast<int>(width)) &&
+      !std::count(write.sizes.begin(), write.sizes.end(), 0)) {
+    native_.push_back(static_cast<uint32_t>(w));
+    return;
+  }
+  const size_t before = program_.tasks.size();
+  program_.add(data(dst) + write.dst_offset * width, data(src) + write.src_offset * width, static_cast<int>(width),
+               dims, static_cast<int>(rank));
+  if (program_.tasks.size() > before) task_write_.push_back(static_cast<uint32_t>(w));
+}
+
+std::vector<std::string> Plan::families() const {
+  std::vector<std::string> names(writes_.size(), "empty");
+  for (size_t t = 0; t < program_.tasks.size(); ++t) {
+    names[task_write_[t]] = kFamilyNames[static_cast<int>(program_.tasks[t].family)];
+  }
+  for (uint32_t w : native_) names[w] = "native";
+  return names;
+}
+
+// --- is everything still as planned? -----------------------------------------------------------
+
+Plan::Snapshot Plan::snapshot(const at::Tensor& tensor, bool with_object) {
+  at::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  Snapshot result{impl, nullptr, nullptr, nullptr, 0, static_cast<uint32_t>(layouts_.size()), 0};
+  if (with_object) {
+    result.object = THPVariable_Wrap(tensor);
+    Py_DECREF(result.object);  // lives as long as the tensor
+  }
+  if (impl->layout() != c10::kStrided || !impl->has_storage()) return result;
+  result.storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  result.begin = static_cast<const char*>(result.storage->data());
+  result.offset = impl->storage_offset();
+  result.rank = static_cast<uint32_t>(impl->dim());
+  layouts_.insert(layouts_.end(), impl->sizes().begin(), impl->sizes().end());
+  layouts_.insert(layouts_.end(), impl->strides().begin(), impl->strides().end());
+  return result;
+}
+
+inline bool Plan::intact(const Snapshot& was) const {
+  const at::TensorImpl& impl = *was.impl;
+  if (was.storage == nullptr) return true;  // not strided: torch's own copy_ judges it
+  if (impl.unsafe_storage().unsafeGetStorageImpl() != was.storage || was.storage->data() != was.begin ||
+      impl.storage_offset() != was.offset) {
+    return false;
+  }
+  const auto sizes = impl.sizes(), strides = impl.strides();
+  const int64_t* layout = layouts_.data() + was.layout;
+  if (sizes.size() != was.rank) return false;
+  for (uint32_t i = 0; i < was.rank; ++i) {
+    if (sizes[i] != layout[i] || strides[i] != layout[was.rank + i]) return false;
+  }
+  return true;
+}
+
+// Whether only this plan keeps a tensor alive: whoever it was planned for has another one now. Only a
+// plan of lists can hold such a tensor without a slot noticing. Views are not judged, nor tensors that
+// share their storage: their memory belongs to somebody else.
+inline bool Plan::orphan(const Snapshot& was) const {
+  return was.object != nullptr && Py_REFCNT(was.object) <= orphan_counts().object &&
+         c10::raw::intrusive_ptr::use_count(was.impl) <= orphan_counts().tensor && was.storage != nullptr &&
+         was.impl->unsafe_storage().use_count() == 1;
+}
+
+inline bool Plan::slot_holds(const Slot& slot) const {
+  return PyDict_GetItemWithError(slot.table.ptr(), slot.key.ptr()) == slot.value.ptr();
+}
+
+bool Plan::intact(const std::vector<Snapshot>& all, bool& autograd) const {
+  const Snapshot* const end = all.data() + all.size();
+  for (const Snapshot* was = all.data(); was != end; ++was) {
+    if (end - was > kAhead) {
+      const Snapshot& next = was[kAhead];
+      prefetch_lines<sizeof(at::TensorImpl)>(next.impl);
+      // Never address 0: the processor looks for its page in vain, which takes longer than a miss.
+      if (next.storage != nullptr) prefetch_lines<sizeof(at::StorageImpl)>(next.storage);
+      if (next.object != nullptr) prefetch_lines<1>(next.object);
+    }
+    if (!intact(*was) || orphan(*was)) return false;
+    autograd |= was->impl->autograd_meta() != nullptr;
+  }
+  return true;
+}
+
+bool Plan::intact(bool& autograd) const {
+  return std::all_of(slots_.begin(), slots_.end(), [this](const Slot& slot) { return slot_holds(slot); }) &&
+         intact(dst_snapshots_, autograd) && intact(src_snapshots_, autograd);
+}
+
+std::vector<int64_t> Plan::replaced() const {
+  std::vector<int64_t> found;
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    if (!slot_holds(slots_[i])) found.push_back(static_cast<int64_t>(i));
+  }
+  return found;
+}
+
+std::pair<std::vector<int64_t>, std::vector<int64_t>> Plan::moved() const {
+  std::pair<std::vector<int64_t>, std::vector<int64_t>> found;
+  for (size_t i = 0; i < dsts_.size(); ++i) {
+    if (!intact(dst_snapshots_[i]) || orphan(dst_snapshots_[i])) found.first.push_back(static_cast<int64_t>(i));
+  }
+  for (size_t i = 0; i < srcs_.size(); ++i) {
+    if (!intact(src_snapshots_[i])) found.second.push_back(static_cast<int64_t>(i));
+  }
+  return found;
+}
+
+// --- writing -----------------------------------------------------------------------------------
+
+bool Plan::rebind(const py::dict& tensors, const py::list& names) {
+  TORCH_CHECK(names.size() == srcs_.size(), "rebind: expected ", srcs_.size(), " names, got ", names.size());
+  std::vector<at::Tensor> srcs;
+  srcs.reserve(srcs_.size());
+  for (size_t i = 0; i < srcs_.size(); ++i) {
+    PyObject* value = PyDict_GetItemWithError(tensors.ptr(), PyList_GET_ITEM(names.ptr(), static_cast<Py_ssize_t>(i)));
+    if (value == nullptr || !THPVariable_CheckExact(value)) return true;
+    const at::Tensor& tensor = THPVariable_Unpack(value);
+    const at::TensorImpl &now = *tensor.unsafeGetTensorImpl(), &was = *srcs_[i].unsafeGetTensorImpl();
+    if ((access(now) == Access::Native) != (access(was) == Access::Native) || now.dtype() != was.dtype() ||
+        now.device() != was.device() || now.layout() != was.layout() || now.sizes() != was.sizes() ||
+        (now.layout() == c10::kStrided && now.strides() != was.strides())) {
+      return true;
+    }
+    srcs.push_back(tensor);
+  }
+  srcs_ = std::move(srcs);
+  for (size_t i = 0; i < srcs_.size(); ++i) {
+    Snapshot& now = src_snapshots_[i];
+    now.impl = srcs_[i].unsafeGetTensorImpl();
+    if (now.storage == nullptr) continue;
+    now.storage = now.impl->unsafe_storage().unsafeGetStorageImpl();
+    now.begin = static_cast<const char*>(now.storage->data());
+    now.offset = now.impl->storage_offset();
+  }
+  for (size_t t = 0; t < program_.tasks.size(); ++t) {
+    const Write& write = writes_[task_write_[t]];
+    program_.tasks[t].src =
+        data(*srcs_[static_cast<size_t>(write.src)].unsafeGetTensorImpl()) + write.src_offset * program_.tasks[t].width;
+  }
+  return false;
+}
+
+at::Tensor Plan::view(const at::Tensor& tensor, const Write& write, bool dst) const {
+  const auto& strides = dst ? write.dst_strides : write.src_strides;
+  if (tensor.layout() != c10::kStrided ||
+      (tensor.sizes() == at::IntArrayRef(write.sizes) && tensor.strides() == at::IntArrayRef(strides))) {
+    return tensor.detach();
+  }
+  return tensor.detach().as_strided(write.sizes, strides,
+                                    tensor.storage_offset() + (dst ? write.dst_offset : write.src_offset));
+}
+
+void Plan::copy_native(size_t w) const {
+  const at::NoGradGuard no_grad;
+  const Write& write = writes_[w];
+  view(dsts_[static_cast<size_t>(write.dst)], write, true)
+      .copy_(view(srcs_[static_cast<size_t>(write.src)], write, false));
+}
+
+// Whether native autograd would record any of the writes, or refuse it.
+bool Plan::recorded() const {
+  bool any = false;
+  for (const Write& write : writes_) {
+    any |= needs_autograd(dsts_[static_cast<size_t>(write.dst)],
+                          srcs_[static_cast<size_t>(write.src)].unsafeGetTensorImpl());
+  }
+  return any;
+}
+
+void Plan::bump_versions() const {
+  const Snapshot* const end = dst_snapshots_.data() + dst_snapshots_.size();
+  for (const Snapshot* dst = dst_snapshots_.data(); dst != end; ++dst) {
+    if (end - dst > kAhead) {
+      // The counter is a private pointer of the tensor's, the only member of its VariableVersion. Only
+      // its address is guessed at: a wrong one would cost time, nothing else.
+      const void* counter = nullptr;
+      std::memcpy(&counter, &dst[kAhead].impl->version_counter(), sizeof(counter));
+      prefetch_lines<1>(counter);
+    }
+    dst->impl->bump_version();
+  }
+}
+
+bool Plan::run(const py::object& progress) {
+  bool autograd = false;
+  if (!intact(autograd)) return false;
+  if (follow_autograd_ && autograd && recorded()) {
+    const Scratch batch;
+    for (const Write& write : writes_) {
+      batch->copy({"apply", write.dst}, dsts_[static_cast<size_t>(write.dst)], srcs_[static_cast<size_t>(write.src)]);
+    }
+    batch->run(false);
+    return true;
+  }
+  TORCH_CHECK(!inference_ || c10::InferenceMode::is_enabled(),
+              "apply: a destination is an inference tensor. Inplace update to inference tensor outside InferenceMode "
+              "is not allowed: write inside torch.inference_mode()");
+  bump_versions();
+  for (int f = 0; f < kFamilies; ++f) routes()[static_cast<size_t>(f)] += program_.families[f];
+  routes()[kFamilies] += static_cast<int64_t>(native_.size());
+  if (ordered_ || !progress.is_none()) {
+    run_in_pieces(progress);
+    return true;
+  }
+  run_tasks(program_, 0, program_.tasks.size(), true);
+  for (uint32_t w : native_) copy_native(w);
+  return true;
+}
+
+// Where something happens between the writes: an order to keep, or a progress to tell.
+void Plan::run_in_pieces(const py::object& progress) {
+  const auto bytes_of = [this](size_t w) {
+    int64_t bytes = static_cast<int64_t>(dsts_[static_cast<size_t>(writes_[w].dst)].element_size());
+    for (int64_t n : writes_[w].sizes) bytes *= n;
+    return bytes;
+  };
+  int64_t total = program_.bytes, done = 0, told = 0;
+  for (uint32_t w : native_) total += bytes_of(w);
+  const auto advance = [&](int64_t bytes) {
+    done += bytes;
+    if (progress.is_none() || (done - told < kProgressBytes && done != total)) return;
+    told = done;
+    progress(done, total);
+  };
+  size_t native = 0;
+  const auto run_native = [&] {
+    copy_native(native_[native]);
+    advance(bytes_of(native_[native++]));
+  };
+  for (size_t first = 0, last = 0; first < program_.tasks.size(); first = last) {
+    // Among ordered writes, torch's own copies keep their place too.
+    while (ordered_ && native < native_.size() && native_[native] < task_write_[first]) run_native();
+    int64_t bytes = 0;
+    for (last = first; last < program_.tasks.size() && (last == first || (!ordered_ && bytes < kProgressBytes));
+         ++last) {
+      bytes += bytes_of(task_write_[last]);
+    }
+    run_tasks(program_, first, last, true);
+    advance(bytes);
+  }
+  while (native < native_.size()) run_native();
+}
+
+std::vector<int64_t> Plan::verify() const {
+  std::vector<int64_t> differ;
+  for (size_t t = 0; t < program_.tasks.size(); ++t) {
+    if (!cpu::equal(program_, program_.tasks[t])) differ.push_back(task_write_[t]);
+  }
+  if (!native_.empty()) {
+    const py::object same_bits = py::module_::import("paramkit.backend.native").attr("same_bits");
+    for (uint32_t w : native_) {
+      const Write& write = writes_[w];
+      const at::Tensor dst = view(dsts_[static_cast<size_t>(write.dst)], write, true);
+      const at::Tensor src = view(srcs_[static_cast<size_t>(write.src)], write, false);
+      if (!same_bits(dst, src).cast<bool>()) differ.push_back(w);
+    }
+  }
+  std::sort(differ.begin(), differ.end());
+  return differ;
+}
+
+}  // namespace paramkit

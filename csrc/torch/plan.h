@@ -1,0 +1,98 @@
+// The compiled part of a plan: the writes as tasks, and all that must still be true when they run
+// again. See paramkit/plan.py for the part with names.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "core/task.h"
+#include "torch/tensors.h"
+
+namespace paramkit {
+
+class Plan {
+ public:
+  // One write: views of dsts[dst] and srcs[src] of the same sizes, strides and offsets in elements,
+  // relative to the tensor's first element.
+  struct Write {
+    int64_t dst, src;
+    std::vector<int64_t> sizes, dst_strides;
+    int64_t dst_offset;
+    std::vector<int64_t> src_strides;
+    int64_t src_offset;
+  };
+
+  // What the plan was resolved through: `table[key] is value` must still hold.
+  struct Slot {
+    pybind11::object table, key, value;
+  };
+
+  // follow_autograd: every write covers a whole destination, and is judged as Tensor.copy_ would be.
+  // ordered: writes may touch the same element; the later one wins.
+  Plan(std::vector<at::Tensor> dsts, std::vector<at::Tensor> srcs, std::vector<Write> writes, std::vector<Slot> slots,
+       bool follow_autograd, bool ordered);
+
+  std::vector<std::string> families() const;
+
+  // Indices of slots that hold something else now; of destinations and of sources that moved, changed
+  // their layout, or that only this plan still keeps alive.
+  std::vector<int64_t> replaced() const;
+  std::pair<std::vector<int64_t>, std::vector<int64_t>> moved() const;
+
+  const std::vector<at::Tensor>& destinations() const { return dsts_; }
+  const std::vector<at::Tensor>& sources() const { return srcs_; }
+
+  // Takes new sources by name, one for each of sources(). True, and nothing taken, if one is missing,
+  // is no plain tensor, or has another shape, dtype, device or strides.
+  bool rebind(const pybind11::dict& tensors, const pybind11::list& names);
+
+  // Writes. False, and nothing written, if replaced() or moved() has something to say.
+  // progress(done_bytes, total_bytes) is called now and then.
+  bool run(const pybind11::object& progress);
+
+  // Indices of the writes whose destination does not hold what the source says.
+  std::vector<int64_t> verify() const;
+
+ private:
+  // A tensor as it was when the plan was made. A replay compares thousands of them with what they are
+  // now, so what the comparison needs is kept together and reached without a chain of pointers.
+  struct Snapshot {
+    at::TensorImpl* impl;
+    at::StorageImpl* storage;
+    const char* begin;  // of the storage
+    PyObject* object;   // destinations of lists only
+    int64_t offset;
+    uint32_t layout;  // sizes, then strides, in layouts_
+    uint32_t rank;
+  };
+
+  Snapshot snapshot(const at::Tensor& tensor, bool with_object);
+  bool intact(const Snapshot& was) const;
+  bool intact(const std::vector<Snapshot>& all, bool& autograd) const;
+  bool slot_holds(const Slot& slot) const;
+  bool orphan(const Snapshot& was) const;
+  bool intact(bool& autograd) const;
+  void compile(size_t write);
+  at::Tensor view(const at::Tensor& tensor, const Write& write, bool dst) const;
+  void copy_native(size_t write) const;
+  bool recorded() const;
+  void bump_versions() const;
+  void run_in_pieces(const pybind11::object& progress);
+
+  std::vector<at::Tensor> dsts_, srcs_;
+  std::vector<Write> writes_;
+  std::vector<Slot> slots_;
+  bool follow_autograd_, ordered_, inference_ = false;
+
+  std::vector<Snapshot> dst_snapshots_, src_snapshots_;
+  std::vector<int64_t> layouts_;
+  Program program_;
+  std::vector<uint32_t> task_write_;  // the write of each task
+  std::vector<uint32_t> native_;      // writes that torch's own copy_ does
+};
+
+}  // namespace paramkit

@@ -1,0 +1,228 @@
+#include "torch/python_ops.h"
+
+#include <ATen/record_function.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <memory>
+
+#include "torch/batch.h"
+#include "torch/load_state_dict.h"
+#include "torch/scratch.h"
+
+namespace paramkit {
+
+namespace {
+
+namespace py = pybind11;
+
+// Where a mode, a functorch transform or a tracer is active every write has to be seen by it: the same
+// function of the native backend, which calls torch's own copy_ and fill_ one by one.
+PyObject* native(const char* function, PyObject* const* args, Py_ssize_t n) {
+  const auto module = py::module_::import("paramkit.backend.native");
+  PyObject* result = PyObject_Vectorcall(module.attr(function).ptr(), args, static_cast<size_t>(n), nullptr);
+  if (result == nullptr) throw python_error();
+  return result;
+}
+
+std::string type_name(PyObject* object) { return Py_TYPE(object)->tp_name; }
+
+// A list or tuple of the caller's.
+struct Items {
+  PyObject** data;
+  Py_ssize_t size;
+
+  Items(PyObject* sequence, const char* op, const char* name) {
+    TORCH_CHECK_TYPE(PyList_Check(sequence) || PyTuple_Check(sequence), op, ": expected a list or tuple of tensors as ",
+                     name, ", got ", type_name(sequence));
+    data = PySequence_Fast_ITEMS(sequence);
+    size = PySequence_Fast_GET_SIZE(sequence);
+  }
+};
+
+bool is_tensor(PyObject* object) { return THPVariable_CheckExact(object) || THPVariable_Check(object); }
+
+const at::Tensor& tensor(PyObject* object, const char* op, const char* list, const char* single, int64_t index) {
+  if (!is_tensor(object)) {
+    const std::string place = index < 0 ? single : std::string(list) + "[" + std::to_string(index) + "]";
+    TORCH_CHECK_TYPE(false, op, ": expected a Tensor as ", place, ", got ", type_name(object));
+  }
+  return THPVariable_Unpack(object);
+}
+
+// A subclass may have a __torch_function__ of its own: Python's method, not the dispatcher's.
+void defer_method(Batch& batch, PyObject* dst, const char* method, PyObject* argument) {
+  batch.defer([d = py::reinterpret_borrow<py::object>(dst), a = py::reinterpret_borrow<py::object>(argument), method] {
+    d.attr(method)(a);
+  });
+}
+
+void add_copy(Batch& batch, Batch::Place place, PyObject* dst, PyObject* src) {
+  const at::Tensor& to = tensor(dst, place.op, "dsts", "dst", place.index);
+  const at::Tensor& from = tensor(src, place.op, "srcs", "src", place.index);
+  if (THPVariable_CheckExact(dst) && THPVariable_CheckExact(src)) return batch.copy(place, to, from);
+  batch.check_native(place, to, from);
+  defer_method(batch, dst, "copy_", src);
+}
+
+// What torch takes as a number: Python's own, and numpy's scalars. False for anything else.
+bool to_scalar(PyObject* object, c10::Scalar& scalar) {
+  if (PyBool_Check(object)) {
+    scalar = object == Py_True;
+  } else if (PyFloat_Check(object)) {
+    scalar = PyFloat_AS_DOUBLE(object);
+  } else if (PyComplex_Check(object)) {
+    const Py_complex value = PyComplex_AsCComplex(object);
+    scalar = c10::complex<double>(value.real, value.imag);
+  } else if (PyLong_Check(object)) {
+    int overflow = 0;
+    const long long value = PyLong_AsLongLongAndOverflow(object, &overflow);
+    scalar = static_cast<int64_t>(value);
+    if (overflow != 0) {
+      const unsigned long long large = overflow > 0 ? PyLong_AsUnsignedLongLong(object) : 0;
+      if (overflow < 0) (void)PyLong_AsLongLong(object);  // Python's own OverflowError
+      if (PyErr_Occurred() != nullptr) throw python_error();
+      scalar = static_cast<uint64_t>(large);
+    }
+  } else if (PyIndex_Check(object)) {
+    const auto integer = py::reinterpret_steal<py::object>(PyNumber_Index(object));
+    if (!integer) throw python_error();
+    return to_scalar(integer.ptr(), scalar);
+  } else if (type_name(object).rfind("numpy.", 0) == 0 && PyNumber_Check(object) != 0) {
+    const Py_complex value = PyComplex_AsCComplex(object);
+    if (PyErr_Occurred() != nullptr) throw python_error();
+    if (value.imag == 0) {
+      scalar = value.real;
+    } else {
+      scalar = c10::complex<double>(value.real, value.imag);
+    }
+  } else {
+    return false;
+  }
+  return true;
+}
+
+void add_fill(Batch& batch, Batch::Place place, PyObject* dst, PyObject* value) {
+  const at::Tensor& to = tensor(dst, place.op, "dsts", "dst", place.index);
+  if (is_tensor(value)) {
+    if (!THPVariable_CheckExact(dst) || !THPVariable_CheckExact(value)) return defer_method(batch, dst, "fill_", value);
+    return batch.fill(place, to, THPVariable_Unpack(value));
+  }
+  c10::Scalar scalar;
+  if (!to_scalar(value, scalar)) {
+    TORCH_CHECK_TYPE(false, place.op, ": expected a number or a 0-dim tensor as ",
+                     place.index < 0 ? std::string("value") : "values[" + std::to_string(place.index) + "]", ", got ",
+                     type_name(value));
+  }
+  if (!THPVariable_CheckExact(dst)) {
+    batch.check_native(place, to, scalar);
+    return defer_method(batch, dst, "fill_", value);
+  }
+  batch.fill(place, to, scalar);
+}
+
+void check_arguments(const char* op, Py_ssize_t got, Py_ssize_t expected) {
+  TORCH_CHECK_TYPE(got == expected, op, ": expected ", expected, " arguments, got ", got);
+}
+
+bool truth(PyObject* object) {
+  const int value = PyObject_IsTrue(object);
+  if (value < 0) throw python_error();
+  return value != 0;
+}
+
+PyObject* copy_(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  HANDLE_TH_ERRORS
+  check_arguments("copy_", n, 3);
+  if (!plain_context()) return native("copy_", args, n);
+  const Scratch batch;
+  add_copy(*batch, {"copy_", -1}, args[0], args[1]);
+  RECORD_FUNCTION("paramkit::copy_", std::vector<c10::IValue>());
+  batch->run(truth(args[2]));
+  return Py_NewRef(args[0]);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* fill_(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  HANDLE_TH_ERRORS
+  check_arguments("fill_", n, 2);
+  if (!plain_context()) return native("fill_", args, n);
+  const Scratch batch;
+  add_fill(*batch, {"fill_", -1}, args[0], args[1]);
+  RECORD_FUNCTION("paramkit::fill_", std::vector<c10::IValue>());
+  batch->run(false);
+  return Py_NewRef(args[0]);
+  END_HANDLE_TH_ERRORS
+}
+
+// Keeps the sources of a write during which other Python code may change the caller's list.
+py::object hold(const Batch& batch, PyObject* sources) {
+  if (!batch.runs_python() || !(PyList_Check(sources) || PyTuple_Check(sources))) return {};
+  return py::reinterpret_steal<py::object>(PySequence_Tuple(sources));
+}
+
+PyObject* foreach_copy_(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  HANDLE_TH_ERRORS
+  constexpr const char* op = "foreach_copy_";
+  check_arguments(op, n, 3);
+  if (!plain_context()) return native(op, args, n);
+  const Items dsts(args[0], op, "dsts"), srcs(args[1], op, "srcs");
+  TORCH_CHECK(dsts.size > 0 || srcs.size > 0, op, ": Tensor list must have at least one tensor.");
+  TORCH_CHECK(dsts.size == srcs.size, op, ": Tensor lists must have the same number of tensors, got ", dsts.size,
+              " dsts and ", srcs.size, " srcs");
+  const Scratch batch;
+  for (Py_ssize_t i = 0; i < dsts.size; ++i) add_copy(*batch, {op, i}, dsts.data[i], srcs.data[i]);
+  RECORD_FUNCTION("paramkit::foreach_copy_", std::vector<c10::IValue>());
+  const py::object held = hold(*batch, args[1]);
+  batch->run(truth(args[2]));
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* foreach_fill_(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  HANDLE_TH_ERRORS
+  constexpr const char* op = "foreach_fill_";
+  check_arguments(op, n, 2);
+  if (!plain_context()) return native(op, args, n);
+  const Items dsts(args[0], op, "dsts");
+  const bool one = !(PyList_Check(args[1]) || PyTuple_Check(args[1]));
+  const Py_ssize_t values = one ? dsts.size : PySequence_Fast_GET_SIZE(args[1]);
+  TORCH_CHECK(dsts.size > 0 || values > 0, op, ": Tensor list must have at least one tensor.");
+  TORCH_CHECK(dsts.size == values, op, ": expected one value, or one value a tensor: got ", dsts.size, " dsts and ",
+              values, " values");
+  const Scratch batch;
+  PyObject* const* value = one ? &args[1] : PySequence_Fast_ITEMS(args[1]);
+  for (Py_ssize_t i = 0; i < dsts.size; ++i) add_fill(*batch, {op, i}, dsts.data[i], value[one ? 0 : i]);
+  RECORD_FUNCTION("paramkit::foreach_fill_", std::vector<c10::IValue>());
+  const py::object held = hold(*batch, args[1]);
+  batch->run(false);
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* load_state_dict_(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  HANDLE_TH_ERRORS
+  check_arguments("load_state_dict", n, 2);
+  if (plain_context() && load_state_dict(args[0], args[1])) Py_RETURN_TRUE;
+  Py_RETURN_FALSE;
+  END_HANDLE_TH_ERRORS
+}
+
+template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
+PyMethodDef method(const char* name, const char* doc) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, doc};
+}
+
+}  // namespace
+
+PyMethodDef kOperators[] = {
+    method<copy_>("copy_", "copy_(dst, src, non_blocking)"),
+    method<fill_>("fill_", "fill_(dst, value)"),
+    method<foreach_copy_>("foreach_copy_", "foreach_copy_(dsts, srcs, non_blocking)"),
+    method<foreach_fill_>("foreach_fill_", "foreach_fill_(dsts, values)"),
+    method<load_state_dict_>("load_state_dict", "load_state_dict(model, state_dict) -> whether it could"),
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace paramkit

@@ -1,0 +1,65 @@
+// What this library may know about a torch tensor: whether the kernels may touch its memory directly,
+// and what torch itself would say of a write into it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/TensorImpl.h>
+#include <c10/core/impl/COW.h>
+
+#include "core/task.h"
+
+namespace paramkit {
+
+// How the kernels may treat a tensor.
+enum class Access : uint8_t {
+  Plain,      // a dense strided CPU tensor: its memory may be read and written
+  Inference,  // the same, made in inference mode: no version counter
+  Native,     // anything else: only torch knows how
+};
+
+inline Access access(const at::TensorImpl& impl) {
+  constexpr auto normal =
+      c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutogradCPU});
+  constexpr auto inference = c10::DispatchKeySet(c10::DispatchKey::CPU);
+  const auto keys = impl.key_set() - c10::autocast_dispatch_keyset;  // every CPU tensor carries those
+  // Conjugate, negative, quantized, nested, functorch and subclass tensors all carry another key.
+  if (keys != normal && keys != inference) return Access::Native;
+  if (!impl.has_storage() || impl.dim() > kMaxRank) return Access::Native;
+  if (c10::impl::cow::is_cow_data_ptr(impl.unsafe_storage().unsafeGetStorageImpl()->data_ptr())) return Access::Native;
+  return keys == normal ? Access::Plain : Access::Inference;
+}
+
+// The first element. Does not ask whether the storage is initialised: an empty tensor gives nullptr.
+inline char* data(const at::TensorImpl& impl) {
+  auto* base = static_cast<char*>(const_cast<void*>(impl.unsafe_storage().unsafeGetStorageImpl()->data()));
+  return base + impl.storage_offset() * static_cast<int64_t>(impl.itemsize());
+}
+
+// [begin, end) of the bytes that a tensor's elements lie in. Strides are never negative in torch.
+struct Range {
+  const char* begin;
+  const char* end;
+  bool meets(const Range& other) const { return begin < other.end && other.begin < end; }
+};
+Range range(const at::TensorImpl& impl);
+
+// Whether check_conversion() has found the pair to work before.
+bool conversion_known(c10::ScalarType dst, c10::ScalarType src);
+
+// Throws what `torch.empty(1, dtype=dst).copy_(torch.empty(1, dtype=src))` throws, if it does.
+void check_conversion(c10::ScalarType dst, c10::ScalarType src);
+
+// Writes the bytes of `value` as an element of `type`; throws what Tensor.fill_ throws for a tensor of
+// `numel` elements (torch converts numbers for one element by another way than for many, and for
+// float8 and complex32 their limits differ).
+void scalar_bytes(const c10::Scalar& value, c10::ScalarType type, int64_t numel, char* bytes);
+
+// Whether autograd would record `dst.copy_(src)` (src may be null: a fill) or carry a forward-mode
+// tangent through it. Throws, as torch does, where it may not be written in place.
+bool needs_autograd(const at::Tensor& dst, const at::TensorImpl* src);
+
+// True while the current thread runs plain eager code: no torch function or dispatch mode, no functorch
+// transform, nothing that a raw write would hide from.
+bool plain_context();
+
+}  // namespace paramkit
