@@ -1,0 +1,162 @@
+"""Builds the extension into torch's extension cache, when asked to and never otherwise."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from paramkit.backend import loader, sources
+
+
+class BuildError(loader.BackendError):
+    """The extension could not be built. The message holds the end of the log and its path."""
+
+
+def build(verbose: bool = True, force: bool = False) -> Path:
+    """Compile the extension for this torch and this Python, unless that has been done.
+
+    Two processes that build at once build once: the second waits, then finds the first one's
+    result. The result appears in one step, so a process that looks for it sees all or nothing.
+    The next call in this process uses it, provided that no extension was loaded before.
+
+    Args:
+        verbose: print the progress.
+        force: build again even if there is a good binary.
+
+    Returns:
+        Path of the binary in the cache.
+
+    Raises:
+        BuildError: if there is no compiler, the build fails, or the cache cannot be written.
+
+    Example:
+        >>> from paramkit import backend
+        >>> backend.build()  # doctest: +SKIP
+        PosixPath('.../torch_extensions/py311_cpu/paramkit/0f3c.../_C.cpython-311-x86_64-linux-gnu.so')
+    """
+    import torch
+
+    say: Callable[[str], None] = _print if verbose else _silent
+    csrc = sources.csrc_dir()
+    if csrc is None:
+        raise BuildError(
+            f"build: this installation has no C++ sources (looked beside and in "
+            f"{sources.PACKAGE_DIR}): reinstall paramkit from its wheel or its repository"
+        )
+    digest = sources.source_hash(csrc, str(torch.__version__))
+    cache = sources.cache_dir(torch.version)
+    target = cache / digest
+    try:
+        with _locked(cache, say):
+            if not force and _is_good(target):
+                _mark_as_asked_for(target)
+                say(f"already built: {target / sources.BINARY_NAME}")
+            else:
+                _build_into(target, say)
+    except OSError as error:
+        raise BuildError(
+            f"build: cannot write to the extension cache {cache}: {error}. Set "
+            "TORCH_EXTENSIONS_DIR to a folder that can be written, now and when paramkit runs"
+        ) from error
+    if loader.extension() is None:
+        loader.reset()
+    else:
+        say("this process goes on with the extension it has loaded; the next one takes the new one")
+    return target / sources.BINARY_NAME
+
+
+def _build_into(target: Path, say: Callable[[str], None]) -> None:
+    """Compile in a temporary folder beside the target, then rename. The lock is held."""
+    from paramkit.backend import compile as compiling
+
+    cache = target.parent
+    # Left by builds that were killed; nobody else builds here now, since we hold the lock.
+    for leftover in cache.glob(".building-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(prefix=".building-", dir=cache))
+    try:
+        out = work / "out"
+        out.mkdir()
+        log = out / "build.log"
+        say(f"building the extension into {target}")
+        try:
+            compiling.compile_extension(out, work / "objects", log, say)
+        except compiling.CompileError as error:
+            kept = cache / f"{target.name}.failed.log"
+            log.replace(kept)
+            raise BuildError(_failure(error, kept)) from None
+        if target.is_dir():
+            # File by file: a folder that is not empty cannot be replaced in one step. The record
+            # goes first, so that at no moment a record stands beside a binary it was not made for.
+            (target / sources.RECORD_NAME).unlink(missing_ok=True)
+            for name in ("build.log", sources.BINARY_NAME, sources.RECORD_NAME):
+                (out / name).replace(target / name)
+        else:
+            out.replace(target)
+        (cache / f"{target.name}.failed.log").unlink(missing_ok=True)
+        say(f"built {target / sources.BINARY_NAME}")
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _is_good(folder: Path) -> bool:
+    """Whether the folder holds a whole binary, made with the flags asked for now."""
+    record = sources.read_record(folder / sources.RECORD_NAME)
+    binary = folder / sources.BINARY_NAME
+    if record is None or not binary.is_file():
+        return False
+    checked = [flag for flag in sources.compile_flags() if flag != "-Werror"]
+    same_flags = [flag for flag in record.get("flags", []) if flag != "-Werror"] == checked
+    return same_flags and record.get("sha256") == sources.file_digest(binary)
+
+
+def _mark_as_asked_for(folder: Path) -> None:
+    """After an install with PARAMKIT_BUILD=off, only what was asked for later is used."""
+    path = folder / sources.RECORD_NAME
+    sources.write_record(path, {**(sources.read_record(path) or {}), "time": sources.now()})
+
+
+@contextmanager
+def _locked(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the cache's lock. The kernel drops it when the process dies, so it is never stale."""
+    import fcntl
+
+    cache.mkdir(parents=True, exist_ok=True)
+    handle = os.open(cache / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another process is building; waiting for it")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _failure(error: RuntimeError, log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    # After the compiler's messages comes the traceback of the tool that called it: not the news.
+    traceback = next((i for i, line in enumerate(lines) if line.startswith("Traceback")), None)
+    if traceback and any("error:" in line for line in lines[:traceback]):
+        lines = lines[:traceback]
+    tail = "\n".join(f"  {line[:300]}" for line in lines[-25:])
+    return (
+        f"build: the extension did not build: {error}\n{tail}\n"
+        f"The whole log: {log}\n"
+        "What to do: install a C++ compiler (or name one in CXX), and `pip install setuptools "
+        "ninja`; then `paramkit build` again. Until then paramkit runs on torch's own copy_ and "
+        "fill_."
+    )
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
+def _silent(line: str) -> None:
+    pass

@@ -1,0 +1,397 @@
+"""Finds the compiled extension, loads it once, and picks the route for every call.
+
+Nothing happens at import. The first use looks for a binary built against this torch and this
+Python: in the package, then in torch's extension cache. A binary for another torch is never
+opened, since opening it can crash the process. Without a binary the calls run on torch's own
+``copy_`` and ``fill_``, and one warning says why. Nothing is ever compiled here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from paramkit.backend import sources
+
+ROUTES = ("auto", "native", "cpu", "cuda")
+CAPABILITIES = ("scalar", "avx2", "avx512")
+_MODULE_NAME = "paramkit._C"
+_REMEDY = "run `paramkit build` (or paramkit.backend.build())"
+_NO_CUDA = "this build of paramkit has no CUDA kernels; CUDA tensors go through torch's own copy_ and fill_"
+
+
+class BackendError(RuntimeError):
+    """The route that was asked for cannot be had, or is not one that exists."""
+
+
+@dataclass(frozen=True)
+class Extension:
+    """The outcome of looking for the extension."""
+
+    module: ModuleType | None = None
+    library: Path | None = None
+    build_log: Path | None = None
+    where: str = ""  # one sentence: which binary
+    reason: str = ""  # one sentence: why there is none
+    error: str | None = None  # the original error text
+    declined: bool = False  # installed with PARAMKIT_BUILD=off: no reason to warn
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The route that calls take."""
+
+    module: ModuleType
+    name: str  # "cpu" or "native"
+    why: str
+    extension: Extension = field(default_factory=Extension)
+    warning: str = ""  # to be given at the first use
+
+
+_lock = threading.RLock()
+_active: ModuleType | None = None  # what active() returns; None until the first use
+_decision: Decision | None = None
+_extension: Extension | None = None
+_warned = False
+
+
+def active() -> ModuleType:
+    """The module that runs writes now: ``paramkit._C`` or ``paramkit.backend.native``.
+
+    The first call decides, following ``PARAMKIT_BACKEND`` and ``PARAMKIT_CPU_CAPABILITY``; later
+    calls return the same module.
+
+    Raises:
+        BackendError: if one of the two variables has an unknown or unavailable value.
+
+    Example:
+        >>> from paramkit import backend
+        >>> with backend.force("native"):
+        ...     backend.active().__name__
+        'paramkit.backend.native'
+    """
+    module = _active
+    if module is None:
+        module = _first_use()
+    return module
+
+
+@contextmanager
+def force(name: str) -> Iterator[ModuleType]:
+    """Take one route for the duration of a block, whatever the environment says.
+
+    It holds for the whole process, all threads included: meant for tests and comparisons.
+
+    Args:
+        name: ``native``, ``cpu``, or ``cpu:`` and an instruction set, as in ``cpu:avx2``.
+
+    Raises:
+        BackendError: if the name is unknown, or the route cannot be had on this machine.
+
+    Example:
+        >>> from paramkit import backend
+        >>> with backend.force("native"):
+        ...     backend.status().backend
+        'native'
+    """
+    global _active, _decision
+    choices = ("native", "cpu", *(f"cpu:{one}" for one in CAPABILITIES))
+    if name not in (*choices, "cuda"):
+        raise BackendError(f"force: got {name!r}, expected one of {', '.join(choices)}")
+    route, _, capability = name.partition(":")
+    with _lock:
+        before = (_active, _decision)
+        decision = _decide(route, f"forced by paramkit.backend.force({name!r})")
+        restore = decision.module.capability() if decision.name == "cpu" else None
+        if capability:
+            _set_capability(decision.module, capability, f"force({name!r})")
+        _active, _decision = decision.module, decision
+    try:
+        yield decision.module
+    finally:
+        with _lock:
+            if restore is not None:
+                decision.module.set_capability(restore)
+            _active, _decision = before
+
+
+def decide() -> Decision:
+    """The decision, made now if there is none yet; no warning is given.
+
+    Raises:
+        BackendError: as :func:`active`.
+    """
+    global _decision
+    with _lock:
+        if _decision is None:
+            route, capability = _environment()
+            decision = _decide(route, f"PARAMKIT_BACKEND={route}" if route != "auto" else "")
+            if capability:
+                if decision.name == "cpu":
+                    source = f"PARAMKIT_CPU_CAPABILITY={capability}"
+                    _set_capability(decision.module, capability, source)
+                elif route == "auto":
+                    # Native was not asked for: running it would ignore what was asked for.
+                    raise BackendError(
+                        f"PARAMKIT_CPU_CAPABILITY={capability} asks for the compiled extension, "
+                        f"but {decision.extension.reason}. To get it, {_REMEDY}; or unset the "
+                        f"variable{_quote(decision.extension.error)}"
+                    )
+            _decision = decision
+        return _decision
+
+
+def reset() -> None:
+    """Forget the decision, so that the next use looks again. A loaded extension stays loaded."""
+    global _active, _decision, _extension, _warned
+    with _lock:
+        _active = _decision = _extension = None
+        _warned = False
+
+
+def extension() -> ModuleType | None:
+    """The extension if this process has loaded it. A process can load only one."""
+    return sys.modules.get(_MODULE_NAME)
+
+
+def settings() -> dict[str, str]:
+    """The variables of the environment that bear on the choice, those that are set."""
+    names = ("PARAMKIT_BACKEND", "PARAMKIT_CPU_CAPABILITY", "TORCH_EXTENSIONS_DIR")
+    return {name: os.environ[name] for name in names if os.environ.get(name)}
+
+
+def _first_use() -> ModuleType:
+    global _active, _warned
+    with _lock:
+        decision = decide()
+        warn = bool(decision.warning) and not _warned
+        _warned = _warned or warn
+        _active = decision.module
+    if warn:
+        warnings.warn(decision.warning, RuntimeWarning, stacklevel=_outside())
+    return decision.module
+
+
+def _outside() -> int:
+    """The stack level, seen from _first_use, of the first frame that is not paramkit's."""
+    level, frame = 1, sys._getframe(1)
+    package = f"{Path(__file__).parent.parent}{os.sep}"
+    while frame is not None and frame.f_code.co_filename.startswith(package):
+        level += 1
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return level
+
+
+def _environment() -> tuple[str, str]:
+    route = os.environ.get("PARAMKIT_BACKEND") or "auto"
+    if route not in ROUTES:
+        raise BackendError(f"PARAMKIT_BACKEND: got {route!r}, expected one of {', '.join(ROUTES)}")
+    capability = os.environ.get("PARAMKIT_CPU_CAPABILITY") or ""
+    if capability and capability not in CAPABILITIES:
+        raise BackendError(
+            f"PARAMKIT_CPU_CAPABILITY: got {capability!r}, "
+            f"expected one of {', '.join(CAPABILITIES)}"
+        )
+    return route, capability
+
+
+def _decide(route: str, asked: str) -> Decision:
+    """The decision for a route that is known to be one of ROUTES."""
+    if route == "cuda":
+        raise BackendError(f"{asked}: {_NO_CUDA}. Choices: auto, native, cpu")
+    if route == "native":
+        return Decision(_native(), "native", asked)
+    extension = _find()
+    if extension.module is not None:
+        why = f"{extension.where} ({asked})" if asked else extension.where
+        return Decision(extension.module, "cpu", why, extension)
+    if route == "cpu":
+        raise BackendError(
+            f"{asked}, but {extension.reason}. To get the extension, {_REMEDY}"
+            f"{_quote(extension.error)}"
+        )
+    warning = (
+        ""
+        if extension.declined
+        else (
+            f"paramkit runs on torch's own copy_ and fill_ (same results, slower): {extension.reason}. "
+            f"To get the compiled extension, {_REMEDY}. PARAMKIT_BACKEND=native asks for this route "
+            "and silences the warning; paramkit.status() tells more."
+        )
+    )
+    return Decision(_native(), "native", extension.reason, extension, warning)
+
+
+def _native() -> ModuleType:
+    from paramkit.backend import native
+
+    return native
+
+
+def _set_capability(module: Any, capability: str, source: str) -> None:
+    try:
+        module.set_capability(capability)
+    except ValueError as error:
+        raise BackendError(
+            f"{source}: this machine or build offers {', '.join(module.capabilities())} ({error})"
+        ) from None
+
+
+def _quote(error: str | None) -> str:
+    return f".\nThe original error:\n{error}" if error else ""
+
+
+# --- finding the binary -------------------------------------------------------------------------
+
+
+def _find() -> Extension:
+    """Look for the extension and load it; the outcome is kept."""
+    global _extension
+    if _extension is None:
+        _extension = _search()
+    return _extension
+
+
+def _search() -> Extension:
+    import torch
+
+    version = str(torch.__version__)
+    csrc = sources.csrc_dir()
+    digest = sources.source_hash(csrc, version) if csrc else None
+    module = extension()
+    if module is not None:
+        path = Path(module.__file__ or "")
+        return Extension(module, path, _log_of(path), where=f"the extension loaded from {path}")
+
+    package = sources.PACKAGE_DIR
+    record = sources.read_record(package / sources.RECORD_NAME)
+    problems: list[tuple[str, str | None]] = []  # (sentence, original error)
+    candidates: list[tuple[Path, str]] = []  # (binary, where)
+
+    declined = record is not None and record.get("result") == "off"
+    stale = False
+    if declined:
+        problems.append(("PARAMKIT_BUILD=off was set when paramkit was installed", None))
+    else:
+        problem = _mismatch(record, package / sources.BINARY_NAME, version)
+        if problem:
+            problems.append(_install_problem(problem))
+        else:
+            assert record is not None
+            stale = digest is not None and record.get("source_hash") != digest
+            where = "the extension built when paramkit was installed"
+            if stale:
+                where += ", older than the C++ sources now beside it"
+            candidates.append((package / sources.BINARY_NAME, where))
+
+    if digest:
+        folder = sources.cache_dir(torch.version) / digest
+        binary = folder / sources.BINARY_NAME
+        kept = sources.read_record(folder / sources.RECORD_NAME)
+        # What was built before an install that asked for none is not used.
+        wanted = not declined or (kept or {}).get("time", "") > (record or {}).get("time", "")
+        if binary.exists() and wanted:
+            problem = _mismatch(kept, binary, version)
+            # Opening a damaged library can crash the process (a truncated one does), so the
+            # content is compared first. Not done for the package's own binary: packagers strip.
+            if not problem and (kept or {}).get("sha256") != sources.file_digest(binary):
+                problem = f"the binary in the extension cache is damaged: {binary}"
+            if problem:
+                problems.append((problem, None))
+            else:
+                found = (binary, "the extension built by `paramkit build`")
+                # Built from exactly these sources: better than one from older sources.
+                candidates.insert(0 if stale else len(candidates), found)
+
+    for binary, where in candidates:
+        try:
+            module = _load(binary)
+        except _OpenError as error:
+            problems.insert(0, (f"{binary} cannot be opened", str(error)))
+        except Exception as error:
+            # The library is mapped and its operators may be registered; a second one would clash.
+            problems.insert(0, (f"{binary} cannot be loaded", f"{type(error).__name__}: {error}"))
+            break
+        else:
+            return Extension(module, binary, _log_of(binary), where=where)
+
+    if declined and len(problems) == 1:
+        return Extension(reason=problems[0][0], declined=True)
+    return Extension(
+        reason="; ".join(dict.fromkeys(sentence for sentence, _ in problems)),
+        error=next((text for _, text in problems if text), None),
+        build_log=_failed_log(),
+    )
+
+
+def _mismatch(record: dict[str, Any] | None, binary: Path, version: str) -> str:
+    """Why a binary must not be opened, or an empty string."""
+    if not binary.exists() and (record is None or record.get("python") == sources.PYTHON_TAG):
+        return "the extension has not been built"
+    if record is None:
+        return f"nothing tells which torch {binary} was built for (no {sources.RECORD_NAME})"
+    if record.get("python") != sources.PYTHON_TAG:
+        return f"the extension was built for {record.get('python')}, not {sources.PYTHON_TAG}"
+    if record.get("torch") != version:
+        return f"the extension was built for torch {record.get('torch')}, and this is {version}"
+    return ""
+
+
+def _install_problem(problem: str) -> tuple[str, str | None]:
+    """The problem with the package's own binary; if installing could not build it, why."""
+    try:
+        text = (sources.PACKAGE_DIR / sources.ERROR_NAME).read_text(encoding="utf-8").strip()
+    except OSError:
+        return problem, None
+    first = text.splitlines()[0][:200] if text else "no message"
+    return f"building it failed when paramkit was installed ({first})", text
+
+
+class _OpenError(ImportError):
+    """The dynamic loader refused the library; nothing of it is in the process."""
+
+
+def _load(binary: Path) -> ModuleType:
+    import torch  # noqa: F401  the libraries that the extension needs must be there first
+
+    try:
+        # Opened once by itself, to tell a library that could not be opened (another one may be
+        # tried) from one that failed half-way (its operators are registered: none may be tried).
+        ctypes.CDLL(str(binary))
+    except OSError as error:
+        raise _OpenError(str(error)) from None
+    loader = importlib.machinery.ExtensionFileLoader(_MODULE_NAME, str(binary))
+    spec = importlib.util.spec_from_file_location(_MODULE_NAME, str(binary), loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    sys.modules[_MODULE_NAME] = module
+    # What `import paramkit._C` would have done.
+    package = sys.modules.get("paramkit")
+    if package is not None:
+        package.__dict__["_C"] = module
+    return module
+
+
+def _log_of(binary: Path) -> Path | None:
+    record = sources.read_record(binary.parent / sources.RECORD_NAME) or {}
+    log = Path(record.get("log") or binary.parent / "build.log")
+    return log if log.is_file() else None
+
+
+def _failed_log() -> Path | None:
+    log = sources.PACKAGE_DIR / sources.ERROR_NAME
+    return log if log.is_file() else None

@@ -1,0 +1,48 @@
+"""Which kernel family ran, counted per thread, so that a test can assert the route and not only the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+FAMILIES = ("copy", "rows", "transpose", "general", "fill", "native")
+
+
+@dataclass
+class Trace:
+    """The writes done inside a :func:`trace` block, by kernel family."""
+
+    routes: dict[str, int] = field(default_factory=dict)
+
+
+def counts() -> dict[str, int]:
+    """Writes done by this thread since it started, by kernel family (all zero at first)."""
+    from . import loader, native
+
+    total = dict.fromkeys(FAMILIES, 0)
+    total["native"] += native.writes_done()
+    extension = loader.extension()
+    if extension is not None:
+        for family, n in extension.routes().items():
+            total[family] += n
+    return total
+
+
+@contextmanager
+def trace() -> Iterator[Trace]:
+    """Count the writes that this thread does inside the block, by kernel family.
+
+    >>> import torch, paramkit
+    >>> with paramkit.backend.trace() as t:
+    ...     paramkit.foreach_copy_([torch.zeros(3)], [torch.ones(3)])
+    >>> sum(t.routes.values())
+    1
+    """
+    before = counts()
+    result = Trace()
+    try:
+        yield result
+    finally:
+        after = counts()
+        result.routes = {f: after[f] - before[f] for f in FAMILIES if after[f] != before[f]}

@@ -1,0 +1,169 @@
+"""What the extension is made of: C++ sources, flags, the hash that names a build, the record.
+
+setup.py loads this file by path, before paramkit or torch can be imported, so it imports nothing
+but the standard library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.machinery
+import json
+import os
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+PACKAGE_DIR = Path(__file__).resolve().parent.parent
+RECORD_NAME = "_C.json"
+ERROR_NAME = "_build_error.txt"
+# The tag in the binary's file name: interpreter, version, platform. A binary without this very
+# suffix cannot be imported by this interpreter.
+PYTHON_TAG = importlib.machinery.EXTENSION_SUFFIXES[0]
+BINARY_NAME = "_C" + PYTHON_TAG
+
+BUILD_MODES = ("auto", "require", "off")
+# Folders below csrc that are no part of the extension: tests of the C++ core have a main() of
+# their own, and CUDA kernels are a library of their own.
+_SEPARATE = ("cuda", "tests")
+_SOURCE_SUFFIXES = (".cpp", ".cc", ".c", ".h", ".hpp", ".inc", ".inl", ".cu", ".cuh")
+
+
+def csrc_dir() -> Path | None:
+    """Folder of the C++ sources: beside the package in a checkout, inside it in a wheel.
+
+    Returns:
+        The folder, or None if this installation has no sources.
+    """
+    for folder in (PACKAGE_DIR.parent / "csrc", PACKAGE_DIR / "csrc"):
+        if folder.is_dir():
+            return folder
+    return None
+
+
+def in_checkout() -> bool:
+    """Whether the package lies in a source tree, where sources may be newer than the binary."""
+    root = PACKAGE_DIR.parent
+    return (root / "csrc").is_dir() and (root / "setup.py").is_file()
+
+
+def cpp_sources(csrc: Path) -> list[Path]:
+    """The files to compile, in a fixed order so that two builds are the same build."""
+    return sorted(
+        path for path in csrc.rglob("*.cpp") if path.relative_to(csrc).parts[0] not in _SEPARATE
+    )
+
+
+def compile_flags(environ: os._Environ[str] | dict[str, str] = os.environ) -> list[str]:
+    """Flags for every C++ source. ``DEBUG=1`` and ``PARAMKIT_WERROR=1`` are honoured.
+
+    No ``-std``: torch's build tool adds the one that its headers need. No ``-march=native``: the
+    binary must run on any machine of the platform; each instruction set has a file that enables
+    its own target.
+    """
+    flags = ["-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    if _is_on(environ.get("DEBUG")):
+        # Python's own flags hold -DNDEBUG, which would switch assertions off.
+        flags += ["-O0", "-g", "-UNDEBUG"]
+    else:
+        # Python's own flags may hold -g, which makes the binary ten times larger.
+        flags += ["-O3", "-g0"]
+    if _is_on(environ.get("PARAMKIT_WERROR")):
+        flags.append("-Werror")
+    return flags
+
+
+def link_flags() -> list[str]:
+    """Link flags. torch ships libgomp.so.1 under its usual name: one OpenMP runtime, one pool."""
+    return ["-fopenmp"]
+
+
+def build_mode(environ: os._Environ[str] | dict[str, str] = os.environ) -> str:
+    """The value of ``PARAMKIT_BUILD``: ``auto`` (default), ``require`` or ``off``.
+
+    Raises:
+        ValueError: for any other value.
+    """
+    mode = environ.get("PARAMKIT_BUILD") or "auto"
+    if mode not in BUILD_MODES:
+        raise ValueError(
+            f"PARAMKIT_BUILD: got {mode!r}, expected one of {', '.join(BUILD_MODES)} "
+            "(auto: install without the extension if it cannot be built; "
+            "require: fail; off: do not build)"
+        )
+    return mode
+
+
+def source_hash(csrc: Path, torch_version: str) -> str:
+    """16 hex digits over everything that a binary depends on.
+
+    That is: every source file's name and content, the release flags, the torch version and the
+    Python tag. Flags that only help debugging stay out, so that the hash which a later process
+    computes does not depend on its environment.
+    """
+    digest = hashlib.sha256()
+    parts = [*compile_flags({}), *link_flags(), torch_version, PYTHON_TAG]
+    digest.update("\0".join(parts).encode())
+    for path in sorted(csrc.rglob("*")):
+        if path.suffix in _SOURCE_SUFFIXES and path.is_file():
+            digest.update(b"\0" + path.relative_to(csrc).as_posix().encode() + b"\0")
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, as hex."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def cache_dir(torch_version_module: Any) -> Path:
+    """paramkit's folder in torch's extension cache.
+
+    The same place as torch.utils.cpp_extension would choose, worked out here because importing
+    that module takes longer than the whole of paramkit.
+
+    Args:
+        torch_version_module: ``torch.version``.
+    """
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if root:
+        return Path(root) / "paramkit"
+    if sys.platform == "darwin":
+        caches = Path.home() / "Library" / "Caches"
+    else:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    if getattr(torch_version_module, "hip", None):
+        accelerator = "rocm" + torch_version_module.hip.replace(".", "")
+    elif torch_version_module.cuda:
+        accelerator = "cu" + torch_version_module.cuda.replace(".", "")
+    else:
+        accelerator = "cpu"
+    abi = getattr(sys, "abiflags", "")
+    tag = f"py{sys.version_info.major}{sys.version_info.minor}{abi}_{accelerator}"
+    return caches / "torch_extensions" / tag / "paramkit"
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record written beside a binary, or None where there is none that can be read."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a record in one step: a reader sees the old one or the new one, never half of it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def now() -> str:
+    """The time as records hold it: UTC, such that the order of the texts is that of the times."""
+    return datetime.now(timezone.utc).isoformat(timespec="microseconds")
+
+
+def _is_on(value: str | None) -> bool:
+    return (value or "").strip().lower() in ("1", "on", "yes", "true")

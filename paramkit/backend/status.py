@@ -1,0 +1,96 @@
+"""What runs the writes and why, as data and as text."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from paramkit.backend import loader
+
+
+@dataclass(frozen=True)
+class Status:
+    """What runs the writes now. ``str()`` of it is a readable page, ``as_dict()`` plain data.
+
+    Attributes:
+        backend: ``cpu`` (compiled), ``native`` (torch's own copy_ and fill_), or ``none`` when
+            the settings in the environment cannot be met: then every call raises ``error``.
+        why: one sentence.
+        capability: the instruction set in use; None unless compiled.
+        capabilities: those that this machine can run.
+        cuda: what happens to CUDA tensors.
+        torch: version of torch.
+        library: path of the loaded extension.
+        build_log: path of the log of the build, or of the build that failed.
+        error: the original error text where the extension could not be built or loaded.
+        env: the settings of the environment in force.
+    """
+
+    backend: str
+    why: str
+    torch: str
+    cuda: str
+    capability: str | None = None
+    capabilities: tuple[str, ...] = ()
+    library: str | None = None
+    build_log: str | None = None
+    error: str | None = None
+    env: dict[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, fit for JSON."""
+        return {**dataclasses.asdict(self), "capabilities": list(self.capabilities)}
+
+    def __str__(self) -> str:
+        rows = [("backend", f"{self.backend}: {self.why}")]
+        if self.capability:
+            others = ", ".join(self.capabilities)
+            rows.append(("instructions", f"{self.capability} (this machine has {others})"))
+        rows += [("cuda", self.cuda), ("torch", self.torch)]
+        if self.library:
+            rows.append(("library", self.library))
+        if self.build_log:
+            rows.append(("build log", self.build_log))
+        rows += [("setting", f"{name}={value}") for name, value in self.env.items()]
+        if self.backend == "native" and not self.library:
+            rows.append(("remedy", "paramkit build"))
+        text = "\n".join(f"{name:<13}{value}" for name, value in rows)
+        if self.error:
+            lines = self.error.splitlines()
+            shown = lines if len(lines) <= 24 else [*lines[:2], "...", *lines[-20:]]
+            text += "\nerror\n" + "\n".join(f"  {line}" for line in shown)
+        return text
+
+
+def status() -> Status:
+    """What runs the writes and why. Loads the extension if no call has yet; never raises.
+
+    Example:
+        >>> import paramkit
+        >>> paramkit.status().backend in ("cpu", "native")
+        True
+    """
+    import torch
+
+    cuda = "not built: CUDA tensors go through torch's own copy_ and fill_"
+    version, env = str(torch.__version__), loader.settings()
+    try:
+        decision = loader.decide()
+    except loader.BackendError as trouble:
+        text = str(trouble)
+        return Status("none", text.splitlines()[0], version, cuda, error=text, env=env)
+    extension = decision.extension
+    compiled = decision.module if decision.name == "cpu" else None
+    return Status(
+        backend=decision.name,
+        why=decision.why,
+        torch=version,
+        cuda=cuda,
+        capability=compiled.capability() if compiled else None,
+        capabilities=tuple(compiled.capabilities()) if compiled else (),
+        library=str(extension.library) if extension.library else None,
+        build_log=str(extension.build_log) if extension.build_log else None,
+        error=extension.error,
+        env=env,
+    )
