@@ -1,0 +1,39 @@
+"""paramkit writes parameters into live PyTorch models: in bulk, in place, all or nothing."""
+
+from __future__ import annotations
+
+from . import backend
+from .backend import status
+from .errors import Finding, PlanError, SourceError, UnknownNameError
+from .loading import load_state_dict
+from .ops import copy_, fill_, foreach_copy_, foreach_fill_
+from .plan import Plan, plan
+from .report import Report
+from .rules import Rule
+from .transplant import transplant
+from .writes import writes
+
+__version__ = "0.1.0"
+
+# NOTE: `plan`, `transplant` and `writes` are functions here and also the names of the files that
+# hold them. Importing a file binds its name in the package, once; the imports above do that and bind
+# the functions afterwards, so they are not made lazy. Nothing that they import is slow.
+__all__ = [
+    "Finding",
+    "Plan",
+    "PlanError",
+    "Report",
+    "Rule",
+    "SourceError",
+    "UnknownNameError",
+    "backend",
+    "copy_",
+    "fill_",
+    "foreach_copy_",
+    "foreach_fill_",
+    "load_state_dict",
+    "plan",
+    "status",
+    "transplant",
+    "writes",
+]

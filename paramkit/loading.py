@@ -1,0 +1,143 @@
+"""`load_state_dict`: torch's, all or nothing, with the copies fused."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+from torch.overrides import TorchFunctionMode
+
+from . import backend
+from .backend import native
+from .resolve import module_tensors
+
+__all__ = ["load_state_dict"]
+
+
+def load_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+) -> _IncompatibleKeys:
+    """Load a state dict as `model.load_state_dict` does, faster, and with nothing written on an error.
+
+    Hooks, modules with a loading of their own, ties and buffers are treated as torch treats them. One
+    thing differs: a parameter on the meta device is an error, where torch warns and leaves it empty.
+
+    Args:
+        model: the module.
+        state_dict: names and tensors, of the shapes that the model has.
+        strict: missing and unexpected names are errors.
+        assign: the model takes the tensors themselves in place of its own, as in torch.
+
+    Returns:
+        `(missing_keys, unexpected_keys)`, as torch.
+
+    Raises:
+        RuntimeError: with torch's own text: names (strict), shapes, or a copy that cannot be done.
+        TypeError: `model` or `state_dict` of another type.
+
+    >>> import torch, paramkit
+    >>> model, trained = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    >>> paramkit.load_state_dict(model, trained.state_dict())
+    <All keys matched successfully>
+    >>> torch.equal(model.weight, trained.weight)
+    True
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"load_state_dict: model must be an nn.Module, got {type(model).__name__}")
+    if assign:
+        return _load_assigned(model, state_dict, strict)
+    own_way = type(model).load_state_dict is not nn.Module.load_state_dict
+    if own_way or torch.__future__.get_swap_module_params_on_conversion():
+        return _load_with_rollback(model, state_dict, strict)
+    if backend.active().load_state_dict(model, state_dict):
+        return _IncompatibleKeys([], [])
+    if any(m._load_state_dict_post_hooks for m in model.modules()):
+        return _load_with_rollback(model, state_dict, strict)
+    return _load_recorded(model, state_dict, strict)
+
+
+class _Recorder(TorchFunctionMode):
+    """Keeps the copies into the model's own tensors instead of doing them; everything else happens."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.own = {id(tensor) for _, tensor, *_ in module_tensors(model)}
+        self.dsts: list[Tensor] = []
+        self.srcs: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.copy_ and id(args[0]) in self.own and len(args) == 2 and not kwargs:
+            # torch collects what this raises and puts it into its own message.
+            with torch.no_grad():
+                native.check_copy("copy_", None, args[0], args[1])
+            self.dsts.append(args[0])
+            self.srcs.append(args[1])
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _load_recorded(
+    model: nn.Module, state_dict: Mapping[str, Any], strict: bool
+) -> _IncompatibleKeys:
+    """torch's own loading, with the copies done at the end, once it has found nothing wrong."""
+    recorder = _Recorder(model)
+    with _meta_is_an_error(), recorder:
+        keys = model.load_state_dict(state_dict, strict=strict)
+    if recorder.dsts:
+        with torch.no_grad():
+            backend.active().foreach_copy_(recorder.dsts, recorder.srcs, False)
+    return keys
+
+
+def _load_with_rollback(
+    model: nn.Module, state_dict: Mapping[str, Any], strict: bool
+) -> _IncompatibleKeys:
+    """torch's own loading as it is, undone on an error.
+
+    For models with hooks that run after loading: they look at what was loaded, and they decide what is
+    an error. Costs a copy of the model while it runs.
+    """
+    tensors = {id(t): t for _, t, *_ in module_tensors(model) if not t.is_meta}
+    saved = [(t, t.detach().clone()) for t in tensors.values()]
+    try:
+        with _meta_is_an_error():
+            return model.load_state_dict(state_dict, strict=strict)
+    except BaseException:
+        with torch.no_grad():
+            for tensor, before in saved:
+                tensor.copy_(before)
+        raise
+
+
+def _load_assigned(
+    model: nn.Module, state_dict: Mapping[str, Any], strict: bool
+) -> _IncompatibleKeys:
+    """torch's own assignment, undone on an error: the model gets its own tensors back."""
+    tables = [t for m in model.modules() for t in (m._parameters, m._buffers)]
+    saved = [dict(table) for table in tables]
+    try:
+        return model.load_state_dict(state_dict, strict=strict, assign=True)
+    except BaseException:
+        for table, before in zip(tables, saved, strict=True):
+            table.clear()
+            table.update(before)
+        raise
+
+
+@contextmanager
+def _meta_is_an_error() -> Iterator[None]:
+    """torch only warns of a parameter on the meta device, and leaves it without values."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*meta parameter.*no-op.*")
+        try:
+            yield
+        except UserWarning as warning:
+            raise RuntimeError(
+                f"load_state_dict: {warning} Nothing was written; pass assign=True, or give the model "
+                "memory first with model.to_empty(device=...)."
+            ) from None

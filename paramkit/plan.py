@@ -1,0 +1,602 @@
+"""Plans: every write of a job worked out and checked once, performed again and again.
+
+A front-end (`plan`, `transplant`, `writes`) makes a `Resolved`: named destinations and sources, and
+the writes between views of them. A `Plan` proves that the writes do not meet, hands them to the active
+backend, which keeps them as ready tasks, and remembers what has to be true for them to run again.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
+from time import perf_counter
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import backend
+from .backend import native
+from .conflicts import find_conflicts
+from .errors import Finding, PlanError
+from .report import Cast, Report, Summary
+from .resolve import Destination, Place, Resolved, Write, layout_finding, resolve
+from .rules import Rule
+from .sources import open_source
+
+__all__ = ["Plan", "plan"]
+
+Slot = tuple[dict[str, Any], str, object]
+Progress = Callable[[int, int], object]
+
+
+def plan(
+    model: nn.Module | Mapping[str, Tensor] | Sequence[Tensor],
+    source: Any,
+    rules: Iterable[Rule] = (),
+    *,
+    identity: bool = True,
+    allow_missing: Iterable[str] = (),
+    allow_unexpected: Iterable[str] = (),
+) -> Plan:
+    """Work out and check every write of a transplant, or of a list of copies; write nothing yet.
+
+    Args:
+        model: what is written: a module (its parameters and persistent buffers), a mapping from names
+            to tensors, or a list of n tensors of any shape, dtype and strides.
+        source: for a module or mapping: a module, a mapping, or the path of a `.safetensors` file. For
+            a list: a list of n tensors (each broadcasts to its destination) or numbers, or one number.
+        rules: how source names and axes map to destinations; not for lists.
+        identity: names that no rule touches map to themselves.
+        allow_missing: destination names that may stay unwritten: exact, with `{i}`, or with `*`.
+        allow_unexpected: source names that may stay unread: the same.
+
+    Returns:
+        A `Plan`; its `apply()` writes.
+
+    Raises:
+        PlanError: with everything that is wrong, at once.
+        SourceError: the source cannot be read.
+        TypeError: an argument of the wrong type.
+
+    >>> import torch, paramkit
+    >>> a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    >>> plan = paramkit.plan(a, b)
+    >>> report = plan.apply()
+    >>> torch.equal(a.weight, b.weight)
+    True
+    >>> weights = [torch.zeros(2), torch.zeros(3)]
+    >>> _ = paramkit.plan([w[:1] for w in weights], 0.5).apply()
+    >>> weights
+    [tensor([0.5000, 0.0000]), tensor([0.5000, 0.0000, 0.0000])]
+    """
+    if isinstance(model, (list, tuple)):
+        if rules or not identity or allow_missing or allow_unexpected:
+            raise TypeError(
+                "plan: rules, identity, allow_missing and allow_unexpected are for a model or a mapping "
+                "with names; two lists are matched by position"
+            )
+        return _ListPlan(model, source)
+    options = {
+        "rules": tuple(rules),
+        "identity": identity,
+        "allow_missing": tuple(allow_missing),
+        "allow_unexpected": tuple(allow_unexpected),
+    }
+    return _ModelPlan(model, source, options)
+
+
+class Plan:
+    """Checked writes, ready to run. Made by `paramkit.plan`, `paramkit.writes`.
+
+    A plan holds its destinations and sources strongly until `release()`. It acts under an implicit
+    `no_grad`, except one made of two lists, which treats autograd as `Tensor.copy_` does.
+
+    It refuses to run when what it was made for is no longer there: a parameter of the model that was
+    replaced, or whose memory moved or changed its shape. `refresh()` resolves the names again.
+    """
+
+    _follow_autograd = False
+
+    def __init__(self) -> None:
+        self._compiled: Any = None
+        self._summary = Summary()
+        self._slots: list[Slot] = []
+        self._slot_names: list[str] = []
+        self._dst_names: list[str] = []
+        self._src_names: list[str] = []
+        self._write_dst: list[str] = []
+
+    # --- for subclasses ---
+
+    def _build(self, source: Any) -> None:
+        """Resolve the names (again), with a source (None: the one in use), and compile."""
+        raise NotImplementedError
+
+    def _explainable(self) -> Resolved:
+        raise NotImplementedError
+
+    def _rebind(self, source: Any) -> None:
+        """Take a new source of the same names, shapes and dtypes."""
+        raise NotImplementedError
+
+    # --- compiling ---
+
+    def _compile(
+        self, resolved: Resolved, *, overlap: str = "error", table: dict[str, Any] | None = None
+    ) -> None:
+        """Check the writes against each other and hand them to the backend.
+
+        `table`: the dict that the destinations are values of, where there is no module.
+        """
+        findings = _conversion_findings(resolved)
+        conflicts = find_conflicts(resolved)
+        ordered = overlap == "last" and any(c.kind == "write" for c in conflicts)
+        for c in conflicts:
+            if c.kind == "write" and overlap == "last" and c.first != c.second:
+                continue
+            findings.append(_conflict_finding(resolved, c.kind, c.first, c.second))
+        if findings:
+            n = len(findings)
+            raise PlanError(
+                f"the plan has {n} {'problem' if n == 1 else 'problems'}; nothing was written.",
+                findings,
+            )
+        used = sorted({w.dst for w in resolved.writes})
+        number = {d: k for k, d in enumerate(used)}
+        destinations = [resolved.destinations[d] for d in used]
+        slots, slot_names = _slots(destinations, table)
+        writes = [
+            (
+                number[w.dst],
+                w.src,
+                w.sizes,
+                w.dst_strides,
+                w.dst_offset,
+                w.src_strides,
+                w.src_offset,
+            )
+            for w in resolved.writes
+        ]
+        active = backend.active()
+        compiled = active.Plan(
+            [d.tensor for d in destinations],
+            list(resolved.source_tensors),
+            writes,
+            slots,
+            self._follow_autograd,
+            ordered,
+        )
+        self._compiled, self._slots, self._slot_names = compiled, slots, slot_names
+        self._dst_names = [d.name for d in destinations]
+        self._src_names = list(resolved.source_names)
+        self._write_dst = [resolved.destinations[w.dst].name for w in resolved.writes]
+        self._summary = _summary(resolved, self._dst_names, compiled.families(), active.NAME)
+
+    # --- public ---
+
+    def apply(self, source: Any = None, *, progress: Progress | None = None) -> Report:
+        """Write.
+
+        Args:
+            source: a new source of the same names, shapes and dtypes, used from now on (the plan holds
+                it instead of the old one); a changed memory layout is planned anew. None: the source
+                in use.
+            progress: called now and then with (bytes written, bytes in all).
+
+        Returns:
+            What was written, and how fast.
+
+        Raises:
+            PlanError: a destination or source is not what the plan was made for, or `source` differs
+                in a name, shape or dtype. Nothing was written.
+            RuntimeError: a plan of lists, where `Tensor.copy_` would raise (a leaf that requires grad).
+        """
+        compiled = self._ready()
+        if source is not None:
+            self._rebind(source)
+            compiled = self._compiled
+        start = perf_counter()
+        if not compiled.run(progress):
+            raise self._stale()
+        return Report(self._summary, perf_counter() - start)
+
+    def explain(self) -> str:
+        """The plan as a table, layers of one kind folded into one row."""
+        from .explain import explain
+
+        families = self._ready().families()
+        return explain(self._explainable(), dict(enumerate(families)))
+
+    def verify(self, source: Any = None) -> list[str]:
+        """The names of destinations whose bits are not what `apply()` writes; empty when all are.
+
+        After a cast, any NaN counts as equal to any NaN.
+
+        Args:
+            source: as for `apply`.
+
+        Raises:
+            PlanError: as `apply`.
+        """
+        compiled = self._ready()
+        if source is not None:
+            self._rebind(source)
+            compiled = self._compiled
+        if self._is_stale():
+            raise self._stale()
+        return list(dict.fromkeys(self._write_dst[i] for i in compiled.verify()))
+
+    def refresh(self, source: Any = None) -> None:
+        """Resolve the names again: after a parameter was replaced, moved or resized, or `release()`.
+
+        Args:
+            source: a new source; None keeps the one in use. Needed after `release()`.
+
+        Raises:
+            PlanError: what the names stand for now does not fit. The plan stays as it was.
+        """
+        self._build(source)
+
+    def release(self) -> None:
+        """Let go of every tensor. `refresh(source)` makes the plan usable again."""
+        self._compiled = None
+        self._slots, self._slot_names = [], []
+
+    def set_requires_grad(self, requires_grad: bool) -> None:
+        """Set `requires_grad` on every floating-point or complex tensor that this plan writes.
+
+        >>> import torch, paramkit
+        >>> model = torch.nn.Linear(2, 2)
+        >>> plan = paramkit.plan(model, torch.nn.Linear(2, 2))
+        >>> plan.set_requires_grad(False)
+        >>> model.weight.requires_grad
+        False
+        """
+        for tensor in self._ready().destinations():
+            if tensor.is_floating_point() or tensor.is_complex():
+                tensor.requires_grad_(requires_grad)
+
+    def _ready(self) -> Any:
+        if self._compiled is None:
+            raise PlanError("this plan was released; refresh(source) resolves its names again.")
+        return self._compiled
+
+    def _is_stale(self) -> bool:
+        return any(self._compiled.moved()) or bool(self._compiled.replaced())
+
+    def _stale(self) -> PlanError:
+        dsts, srcs = self._compiled.moved()
+        names = [self._slot_names[i] for i in self._compiled.replaced()]
+        findings = [
+            Finding(
+                name,
+                "replaced",
+                "another object in the model",
+                "the one planned for",
+                "plan.refresh()",
+            )
+            for name in dict.fromkeys(names)
+        ]
+        findings += [
+            Finding(
+                self._dst_names[i],
+                "moved",
+                "other memory, another layout, or no owner but this plan",
+                "the tensor as it was planned for",
+                "plan.refresh()",
+            )
+            for i in dsts
+        ]
+        findings += [
+            Finding(
+                self._src_names[i],
+                "moved",
+                "a source with other memory or layout",
+                "",
+                "plan.refresh()",
+            )
+            for i in srcs
+        ]
+        return PlanError("the plan no longer fits; nothing was written.", findings)
+
+    def __repr__(self) -> str:
+        if self._compiled is None:
+            return f"<{type(self).__name__.lstrip('_')}, released>"
+        s = self._summary
+        return f"<paramkit.Plan: {s.writes} writes into {len(s.names)} tensors, {s.bytes} bytes, backend {s.backend}>"
+
+
+class _ModelPlan(Plan):
+    """A model (or mapping) from a source, by rules."""
+
+    def __init__(
+        self, model: nn.Module | Mapping[str, Tensor], source: Any, options: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        # Weakly: a plan keeps tensors alive, never a whole model. Mappings cannot be held weakly.
+        self._model: Callable[[], Any] = (
+            weakref.ref(model) if isinstance(model, nn.Module) else lambda: model
+        )
+        self._options = options
+        self._source: Mapping[str, Tensor] | None = None
+        self._resolved = Resolved()
+        self._build(source)
+
+    def _build(self, source: Any) -> None:
+        model = self._model()
+        if model is None:
+            raise PlanError("the model of this plan no longer exists; make a new plan.")
+        if source is None and self._source is None:
+            raise PlanError("this plan was released, its source with it; give refresh() a source.")
+        tensors = open_source(self._source if source is None else source)
+        resolved = resolve(model, tensors, **self._options)
+        self._compile(resolved, table=model if isinstance(model, dict) else None)
+        self._source, self._resolved = tensors, resolved
+
+    def _explainable(self) -> Resolved:
+        return self._resolved
+
+    def _rebind(self, source: Any) -> None:
+        tensors = source if isinstance(source, dict) else open_source(source)
+        assert self._source is not None
+        if tensors.keys() == self._source.keys() and not self._compiled.rebind(
+            tensors, self._src_names
+        ):
+            self._source = tensors
+            return
+        findings = _differences(self._source, tensors)
+        if findings:
+            raise PlanError(
+                "the new source differs from the one that was planned for; nothing was written. "
+                "Make a new plan, or call refresh(source).",
+                findings,
+            )
+        self._build(tensors)  # only strides or devices differ: the same writes from other views
+
+    def release(self) -> None:
+        super().release()
+        self._source, self._resolved = None, Resolved()
+
+
+class _ListPlan(Plan):
+    """Destinations and sources matched by position: the replay of foreach_copy_ and foreach_fill_.
+
+    It keeps no Python reference to its destinations, so that the backend can tell when nobody else has.
+    """
+
+    _follow_autograd = True
+
+    def __init__(self, dsts: Sequence[Tensor], srcs: Any) -> None:
+        super().__init__()
+        self._compile(_lists(dsts, srcs))
+
+    def _build(self, source: Any) -> None:
+        compiled = self._ready()
+        self._compile(
+            _lists(compiled.destinations(), compiled.sources() if source is None else source)
+        )
+
+    def _explainable(self) -> Resolved:
+        compiled = self._ready()
+        return _lists(compiled.destinations(), compiled.sources())
+
+    def _rebind(self, source: Any) -> None:
+        dsts = self._ready().destinations()
+        tensors = _values(dsts, source)
+        if self._compiled.rebind(dict(zip(self._src_names, tensors)), self._src_names):
+            was = dict(zip(self._src_names, self._compiled.sources(), strict=True))
+            findings = _differences(was, dict(zip(self._src_names, tensors, strict=True)))
+            if findings:
+                raise PlanError(
+                    "the new sources differ from those planned for; nothing was written.", findings
+                )
+            self._compile(_lists(dsts, tensors))
+
+
+# --- lists ---------------------------------------------------------------------------------------
+
+
+def _values(dsts: Sequence[Tensor], srcs: Any) -> list[Any]:
+    """One source for each destination, numbers made 0-dim tensors of the destination's dtype."""
+    values = list(srcs) if isinstance(srcs, (list, tuple)) else [srcs] * len(dsts)
+    if len(values) != len(dsts):
+        raise PlanError(
+            f"plan: expected as many sources as destinations, got {len(dsts)} dsts and {len(values)} srcs."
+        )
+    made: dict[Any, Tensor] = {}
+    for i, (dst, value) in enumerate(zip(dsts, values, strict=True)):
+        if isinstance(value, (int, float, complex)) and isinstance(dst, Tensor):
+            # Filling one element is torch's own conversion, and its own error. Equal numbers share
+            # it; -0.0 equals 0.0, and True equals 1, hence the repr and the type.
+            key = (type(value), repr(value), dst.dtype, min(dst.numel(), 2))
+            if key not in made:
+                try:
+                    made[key] = native.element_of(value, dst)
+                except (RuntimeError, NotImplementedError, OverflowError) as error:
+                    raise type(error)(
+                        f"plan: srcs[{i}] = {value} into dsts[{i}] of {dst.dtype}: {error}"
+                    ) from None
+            values[i] = made[key]
+    return values
+
+
+def _lists(dsts: Sequence[Tensor], srcs: Any) -> Resolved:
+    values = _values(dsts, srcs)
+    for what, tensors in (("dsts", dsts), ("srcs", values)):
+        for i, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"plan: expected a tensor as {what}[{i}], got {type(tensor).__name__}"
+                )
+    resolved = Resolved()
+    findings: list[Finding] = []
+    for i, (dst, src) in enumerate(zip(dsts, values, strict=True)):
+        name = f"dsts[{i}]"
+        finding = layout_finding(name, dst, True) or layout_finding(f"srcs[{i}]", src, False)
+        if finding is None and native.broadcast_error(dst.shape, src.shape):
+            finding = Finding(
+                name,
+                "shape",
+                f"a source of shape {tuple(src.shape)}",
+                f"one that broadcasts to {tuple(dst.shape)}",
+            )
+        if finding is not None:
+            findings.append(finding)
+            continue
+        resolved.destinations.append(Destination(name, dst, None, name, "tensor"))
+        resolved.source_names.append(f"srcs[{i}]")
+        resolved.source_tensors.append(src)
+        resolved.writes.append(_whole(len(resolved.writes), dst, src))
+    if findings:
+        raise PlanError(f"the plan has {len(findings)} problem(s); nothing was written.", findings)
+    return resolved
+
+
+def _whole(i: int, dst: Tensor, src: Tensor) -> Write:
+    sizes = tuple(dst.shape)
+    missing = len(sizes) - src.dim()
+    strides = (0,) * missing + tuple(
+        0 if n == 1 else st for n, st in zip(src.shape, src.stride(), strict=True)
+    )
+    return Write(i, i, sizes, dst.stride(), 0, strides, 0)
+
+
+# --- checks --------------------------------------------------------------------------------------
+
+
+def _differences(was: Mapping[str, Tensor], now: Mapping[str, Any]) -> list[Finding]:
+    """Where a new source is not like the one that was planned for, in names, shapes and dtypes."""
+    findings = [
+        Finding(n, "missing", "", "a tensor in the new source") for n in was if n not in now
+    ]
+    findings += [
+        Finding(str(n), "unexpected", "", "only the names planned for") for n in now if n not in was
+    ]
+    for name, old in was.items():
+        new = now.get(name)
+        if new is None:
+            continue
+        if not isinstance(new, Tensor):
+            findings.append(Finding(name, "type", type(new).__name__, "a tensor"))
+        elif new.shape != old.shape:
+            findings.append(Finding(name, "shape", str(tuple(new.shape)), str(tuple(old.shape))))
+        elif new.dtype != old.dtype:
+            findings.append(Finding(name, "dtype", str(new.dtype), str(old.dtype)))
+    return findings
+
+
+def _conversion_findings(resolved: Resolved) -> list[Finding]:
+    findings = []
+    for w in resolved.writes:
+        dst, src = resolved.destinations[w.dst], resolved.source_tensors[w.src]
+        error = native.conversion_error(dst.tensor.dtype, src.dtype)
+        if error is not None:
+            name = resolved.source_names[w.src]
+            findings.append(
+                Finding(
+                    dst.name,
+                    "dtype",
+                    f"{src.dtype} from {name}",
+                    f"what torch can copy to {dst.tensor.dtype}: {error}",
+                )
+            )
+    return findings
+
+
+def _conflict_finding(resolved: Resolved, kind: str, first: int, second: int) -> Finding:
+    def said(i: int) -> str:
+        w = resolved.writes[i]
+        text = f" ({w.text})" if w.text else ""
+        return f"{resolved.destinations[w.dst].name} <- {resolved.source_names[w.src]}{text}"
+
+    name = resolved.destinations[resolved.writes[second].dst].name
+    hint = 'drop one of them; for recorded writes, overlap="last" lets the later one win'
+    if kind == "read":
+        return Finding(
+            name,
+            "conflict",
+            f"{said(second)} reads memory that {said(first)} writes",
+            "sources apart from destinations",
+            "clone() the source",
+        )
+    if first == second:
+        return Finding(
+            name,
+            "conflict",
+            f"{said(first)}: a destination that overlaps itself",
+            "one place for each element",
+        )
+    return Finding(
+        name,
+        "conflict",
+        f"both {said(first)} and {said(second)} write one element",
+        "each element written once",
+        hint,
+    )
+
+
+def _slots(
+    destinations: Sequence[Destination], table: dict[str, Any] | None
+) -> tuple[list[Slot], list[str]]:
+    """Every dict entry that leads from the model to a destination: what a replaced Parameter changes."""
+    slots: dict[tuple[int, str], Slot] = {}
+    names: dict[tuple[int, str], str] = {}
+
+    def add(table: dict[str, Any], key: str, value: object, name: str) -> None:
+        slots.setdefault((id(table), key), (table, key, value))
+        names.setdefault((id(table), key), name)
+
+    for d in destinations:
+        if table is not None:
+            add(table, d.key, d.tensor, d.name)
+        places = [Place(d.owner, d.key, d.path)] if d.owner is not None else []
+        for name, place in zip((d.name, *d.aliases), (*places, *d.alias_places)):
+            for parent, key, child in place.path:
+                add(parent._modules, key, child, name)
+            held = (
+                place.owner._parameters
+                if place.key in place.owner._parameters
+                else place.owner._buffers
+            )
+            add(held, place.key, held[place.key], name)
+    return list(slots.values()), list(names.values())
+
+
+def _summary(
+    resolved: Resolved, names: Sequence[str], families: Sequence[str], backend_name: str
+) -> Summary:
+    elements = written = moved = 0
+    casts = []
+    for w in resolved.writes:
+        dst, src = resolved.destinations[w.dst].tensor, resolved.source_tensors[w.src]
+        n = prod(w.sizes)
+        read = prod(k for k, stride in zip(w.sizes, w.src_strides, strict=True) if stride)
+        elements += n
+        written += n * dst.element_size()
+        moved += n * dst.element_size() + (read if n else 0) * src.element_size()
+        if dst.dtype != src.dtype:
+            src_dtype, dst_dtype = (str(t.dtype).removeprefix("torch.") for t in (src, dst))
+            casts.append(
+                Cast(
+                    resolved.destinations[w.dst].name,
+                    resolved.source_names[w.src],
+                    src_dtype,
+                    dst_dtype,
+                )
+            )
+    routes: dict[str, int] = {}
+    for family in families:
+        routes[family] = routes.get(family, 0) + 1
+    return Summary(
+        tuple(names),
+        len(resolved.writes),
+        elements,
+        written,
+        moved,
+        tuple(casts),
+        (*resolved.kept, *(f"{name} (in part)" for name in resolved.partial)),
+        tuple(resolved.dropped),
+        routes,
+        backend_name,
+    )

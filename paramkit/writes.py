@@ -1,0 +1,324 @@
+"""`writes`: slice assignments recorded by name, checked together, and done in one fused pass."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .backend import native
+from .errors import Finding, PlanError, UnknownNameError, suggest
+from .plan import Plan
+from .resolve import Destination, Resolved, Write, destinations_of, layout_finding
+
+__all__ = ["Handle", "Writes", "writes"]
+
+
+def writes(model: nn.Module | Mapping[str, Tensor], *, overlap: str = "error") -> Writes:
+    """Record slice assignments to a model's tensors; write them all on leaving the `with` block.
+
+    `w[name][index] = value` and `w[parameter][index] = value` mean what `tensor[index] = value` means
+    in torch, for basic indices: integers, slices, `None`, `...`. Nothing is written before the block
+    ends, and nothing at all if the block or a check raises. No autograd: it acts under `no_grad`.
+
+    Args:
+        model: a module (its parameters and persistent buffers), or a mapping from names to tensors.
+        overlap: "error": two writes of one element are refused. "last": the later one wins.
+
+    Returns:
+        A context manager; its `plan` is the `Plan`, once the block has ended.
+
+    Raises:
+        PlanError: at the end of the block, with everything that is wrong.
+        UnknownNameError: a name or tensor that the model does not have (also a KeyError).
+
+    >>> import torch, paramkit
+    >>> conv = torch.nn.Conv2d(1, 1, 3)
+    >>> with paramkit.writes(conv) as w:
+    ...     w["weight"][0, 0, 0, 0] = 1.0
+    ...     w["weight"][:, :, 1:2, 1:2] = 0.5
+    ...     w[conv.bias][...] = torch.zeros(1)
+    >>> conv.weight[0, 0, 0, 0].item(), conv.weight[0, 0, 1, 1].item()
+    (1.0, 0.5)
+    """
+    return Writes(model, overlap)
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    name: str
+    index: Any
+    value: Tensor  # what is copied: the user's tensor, or a number made a 0-dim tensor
+    version: int | None  # of the user's tensor when it was recorded
+    text: str
+
+
+class Writes:
+    """The recorder that `paramkit.writes` returns.
+
+    Attributes:
+        plan: after the block, the plan that was applied; `plan.apply()` writes again.
+    """
+
+    def __init__(self, model: nn.Module | Mapping[str, Tensor], overlap: str) -> None:
+        if overlap not in ("error", "last"):
+            raise ValueError(f'writes: overlap must be "error" or "last", got {overlap!r}')
+        self._model = model
+        self._overlap = overlap
+        self._names: dict[str, Tensor] = {}
+        self._ids: dict[int, str] = {}
+        for d in destinations_of(model):
+            for name in (d.name, *d.aliases):
+                self._names[name] = d.tensor
+            self._ids[id(d.tensor)] = d.name
+        if isinstance(model, nn.Module):
+            # Tied weights may be two objects; each is a key.
+            for name, parameter in model.named_parameters(remove_duplicate=False):
+                self._ids.setdefault(id(parameter), name)
+        self._recorded: list[_Recorded] = []
+        self._state = "new"
+        self.plan: Plan | None = None
+
+    def __enter__(self) -> Writes:
+        if self._state != "new":
+            raise PlanError(
+                "this writes() block was used already; call paramkit.writes(model) again."
+            )
+        self._state = "open"
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._state = "closed"
+        if kind is not None:
+            self._recorded.clear()
+            return
+        changed = [
+            Finding(
+                r.text,
+                "changed",
+                "a value that was changed after it was recorded",
+                "",
+                "record a clone()",
+            )
+            for r in self._recorded
+            if r.version is not None and r.value._version != r.version
+        ]
+        if changed:
+            raise PlanError(
+                "values were changed before the block ended; nothing was written.", changed
+            )
+        made = _WritesPlan(self._model, self._recorded, self._overlap)
+        made.apply()
+        self.plan = made
+
+    def __getitem__(self, key: str | Tensor) -> Handle:
+        if isinstance(key, Tensor):
+            name = self._ids.get(id(key))
+            if name is None:
+                raise UnknownNameError(
+                    f"writes: a tensor of shape {tuple(key.shape)} is not one of the model's; "
+                    "pass the parameter itself (not a view or .data of it), or its name",
+                    [],
+                )
+            return Handle(self, name)
+        if key not in self._names:
+            near = suggest(str(key), self._names)
+            hint = f"did you mean {near}?" if near else "the names are those of model.state_dict()"
+            raise UnknownNameError(
+                "writes: the model has no such tensor; nothing was written.",
+                [Finding(str(key), "unknown", hint=hint)],
+            )
+        return Handle(self, key)
+
+    def __setitem__(self, key: object, value: object) -> None:
+        raise TypeError(
+            "writes: assign to a slice of the handle: w[name][...] = value, not w[name] = value"
+        )
+
+    def _record(self, name: str, index: Any, value: Any) -> None:
+        if self._state != "open":
+            raise PlanError("writes: this block has ended; nothing more can be recorded in it.")
+        text = f"{name}[{_index_text(index)}]"
+        if isinstance(value, Tensor):
+            self._recorded.append(_Recorded(name, index, value, _version(value), text))
+            return
+        if not isinstance(value, (int, float, complex)):
+            raise TypeError(
+                f"writes: {text} = {type(value).__name__}: expected a number or a tensor"
+            )
+        dtype = self._names[name].dtype
+        try:
+            # torch's own conversion of a number in a slice assignment, and its own error.
+            one = torch.empty((), dtype=dtype)
+            one[...] = value
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            raise type(error)(f"writes: {text} = {value!r} of {dtype}: {error}") from None
+        self._recorded.append(_Recorded(name, index, one, None, text))
+
+
+class Handle:
+    """A tensor of the model, for recording slice assignments; it cannot be read."""
+
+    __slots__ = ("_name", "_writes")
+
+    def __init__(self, owner: Writes, name: str) -> None:
+        self._writes = owner
+        self._name = name
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if isinstance(value, Handle):
+            raise TypeError("writes: a handle cannot be read; assign a tensor or a number")
+        self._writes._record(self._name, _checked_index(self._name, index), value)
+
+    def __getitem__(self, index: Any) -> Any:
+        raise TypeError(
+            f"writes: {self._name}[{_index_text(index)}] was read (as `+=` does), but a recorded tensor can "
+            "only be assigned; compute the value first, from the parameter itself"
+        )
+
+    def __repr__(self) -> str:
+        return f"<handle of {self._name}, for assignments only>"
+
+
+class _WritesPlan(Plan):
+    """Recorded assignments; refresh() resolves the names and indices again."""
+
+    def __init__(self, model: Any, recorded: list[_Recorded], overlap: str) -> None:
+        super().__init__()
+        self._model: Callable[[], Any] = (
+            weakref.ref(model) if isinstance(model, nn.Module) else lambda: model
+        )
+        self._recorded = tuple(recorded)
+        self._overlap = overlap
+        self._resolved = Resolved()
+        self._build(None)
+
+    def _build(self, source: Any) -> None:
+        if source is not None:
+            raise TypeError(
+                "a plan of recorded writes has the values that were recorded; it takes no source"
+            )
+        model = self._model()
+        if model is None:
+            raise PlanError("the model of this plan no longer exists.")
+        resolved = _resolve_recorded(destinations_of(model), self._recorded)
+        self._compile(
+            resolved, overlap=self._overlap, table=model if isinstance(model, dict) else None
+        )
+        self._resolved = resolved
+
+    def _rebind(self, source: Any) -> None:
+        raise TypeError(
+            "a plan of recorded writes has the values that were recorded; it takes no source"
+        )
+
+    def _explainable(self) -> Resolved:
+        return self._resolved
+
+    def release(self) -> None:
+        super().release()
+        self._resolved = Resolved()
+
+
+def _resolve_recorded(destinations: list[Destination], recorded: tuple[_Recorded, ...]) -> Resolved:
+    index = {name: k for k, d in enumerate(destinations) for name in (d.name, *d.aliases)}
+    resolved = Resolved(destinations=destinations)
+    findings: list[Finding] = []
+    for r in recorded:
+        if r.name not in index:
+            findings.append(Finding(r.name, "missing", "", "a tensor of the model"))
+            continue
+        dst = destinations[index[r.name]].tensor
+        finding = layout_finding(r.name, dst, True) or layout_finding(
+            f"the value of {r.text}", r.value, False
+        )
+        if finding is not None:
+            findings.append(finding)
+            continue
+        try:
+            view = dst.detach()[r.index]
+        except (IndexError, TypeError, ValueError, RuntimeError) as error:
+            findings.append(
+                Finding(r.text, "index", str(error), f"an index into shape {tuple(dst.shape)}")
+            )
+            continue
+        value = _without_leading_ones(r.value.detach(), view.dim())
+        if native.broadcast_error(view.shape, value.shape):
+            findings.append(
+                Finding(
+                    r.text,
+                    "shape",
+                    f"a value of shape {tuple(r.value.shape)}",
+                    f"one that broadcasts to {tuple(view.shape)}",
+                )
+            )
+            continue
+        source = value.expand(view.shape)
+        offset = view.storage_offset() - dst.storage_offset()
+        resolved.writes.append(
+            Write(
+                index[r.name],
+                len(resolved.source_tensors),
+                tuple(view.shape),
+                view.stride(),
+                offset,
+                source.stride(),
+                0,
+                r.text,
+            )
+        )
+        resolved.source_names.append(f"value of {r.text}")
+        resolved.source_tensors.append(r.value)
+    if findings:
+        n = len(findings)
+        raise PlanError(
+            f"the writes have {n} {'problem' if n == 1 else 'problems'}; nothing was written.",
+            findings,
+        )
+    return resolved
+
+
+def _without_leading_ones(value: Tensor, rank: int) -> Tensor:
+    """As torch's slice assignment: a value may have more dimensions than the slice if they are of size 1."""
+    while value.dim() > rank and value.shape[0] == 1:
+        value = value[0]
+    return value
+
+
+def _checked_index(name: str, index: Any) -> Any:
+    for item in index if isinstance(index, tuple) else (index,):
+        if isinstance(item, bool) or not (
+            item is None or item is Ellipsis or isinstance(item, (int, slice))
+        ):
+            raise TypeError(
+                f"writes: {name}[{_index_text(index)}]: expected integers, slices, None or ..., got "
+                f"{type(item).__name__}; for an index tensor or mask assign to the parameter itself, "
+                "under torch.no_grad()"
+            )
+    return index
+
+
+def _index_text(index: Any) -> str:
+    def one(item: Any) -> str:
+        if isinstance(item, slice):
+            parts = ["" if p is None else str(p) for p in (item.start, item.stop)]
+            return ":".join(parts) + (f":{item.step}" if item.step is not None else "")
+        if item is Ellipsis:
+            return "..."
+        return f"<{type(item).__name__}>" if isinstance(item, Tensor) else str(item)
+
+    return ", ".join(one(i) for i in index) if isinstance(index, tuple) else one(index)
+
+
+def _version(value: Tensor) -> int | None:
+    return None if value.is_inference() else value._version
