@@ -1,0 +1,1 @@
+"""The test suite: one file a contract, cases shared with the benchmarks."""

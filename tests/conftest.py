@@ -1,0 +1,80 @@
+"""Fixtures for every test: the backends of this machine, and random numbers that repeat."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import paramkit
+from paramkit.backend import loader
+
+CAPABILITIES = ("scalar", "avx2", "avx512")
+
+
+def must_have_extension() -> bool:
+    """Whether a missing extension is a failure here: a skipped test in CI proves nothing."""
+    in_ci = os.environ.get("CI", "").lower() in ("1", "true", "yes")
+    return in_ci or os.environ.get("PARAMKIT_BUILD") == "require"
+
+
+def need_extension() -> None:
+    """Skip the test if the extension cannot be had, or fail it where it must be there."""
+    try:
+        with paramkit.backend.force("cpu"):
+            return
+    except paramkit.backend.BackendError as error:
+        if must_have_extension():
+            pytest.fail(f"the extension must be there: {error}", pytrace=False)
+        pytest.skip(str(error).splitlines()[0])
+
+
+@pytest.fixture(params=["native", *(f"cpu:{name}" for name in CAPABILITIES)])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test once on every backend that this machine has; the value is its name."""
+    name: str = request.param
+    if name != "native":
+        need_extension()
+        with paramkit.backend.force("cpu") as extension:
+            available = extension.capabilities()
+        if name.removeprefix("cpu:") not in available:
+            pytest.skip(f"this machine has no {name.removeprefix('cpu:')}: {', '.join(available)}")
+    with paramkit.backend.force(name):
+        yield name
+
+
+@pytest.fixture
+def compiled() -> Iterator[str]:
+    """Run the test on the compiled extension, on the best instruction set."""
+    need_extension()
+    with paramkit.backend.force("cpu"):
+        yield "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _repeatable() -> Iterator[None]:
+    """Every test starts from the same random state and leaves torch's settings as they were."""
+    state, threads, dtype = (
+        torch.get_rng_state(),
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+    )
+    torch.manual_seed(0)
+    yield
+    torch.set_rng_state(state)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+
+
+@pytest.fixture
+def fresh_loader() -> Iterator[None]:
+    """The loader as in a new process for the test, as before afterwards."""
+    names = ("_active", "_decision", "_extension", "_warned")
+    before = {name: getattr(loader, name) for name in names}
+    loader.reset()
+    yield
+    for name, value in before.items():
+        setattr(loader, name, value)
