@@ -36,13 +36,10 @@ int normalize(Dim* dims, int rank) {
 }
 
 bool injective(const Dim* dims, int rank, int width) {
-  Dim local[kMaxRank];
-  for (int i = 0; i < rank; ++i) local[i] = dims[i];
-  rank = normalize(local, rank);
   int64_t reach = width;
   for (int i = rank - 1; i >= 0; --i) {
-    if (local[i].dst < reach) return false;
-    reach += (local[i].size - 1) * local[i].dst;
+    if (dims[i].dst < reach) return false;
+    reach += (dims[i].size - 1) * dims[i].dst;
   }
   return true;
 }

@@ -10,8 +10,8 @@ namespace paramkit {
 // element pairs stays the same.
 int normalize(Dim* dims, int rank);
 
-// Whether the destination's elements certainly lie apart: each loop steps over all that the loops
-// inside it reach. False also for a few exotic strides that are in fact fine.
+// Whether the destination's elements certainly lie apart, after normalize(): each loop steps over all
+// that the loops inside it reach. False also for a few exotic strides that are in fact fine.
 bool injective(const Dim* dims, int rank, int width);
 
 }  // namespace paramkit

@@ -19,11 +19,12 @@ void Program::add_contiguous(void* dst, const void* src, int64_t size, int width
   ++families[static_cast<int>(Family::Copy)];
 }
 
-void Program::add(void* dst, const void* src, int width, const Dim* loops, int rank) {
+bool Program::add(void* dst, const void* src, int width, const Dim* loops, int rank) {
   Dim local[kMaxRank];
   for (int i = 0; i < rank; ++i) local[i] = loops[i];
   rank = normalize(local, rank);
-  if (rank < 0) return;
+  if (rank < 0) return true;
+  if (!injective(local, rank, width)) return false;
 
   Task task;
   task.dst = static_cast<char*>(dst);
@@ -37,6 +38,7 @@ void Program::add(void* dst, const void* src, int width, const Dim* loops, int r
   for (int i = 0; i < task.rank; ++i) size *= local[i].size;
   bytes += size;
   ++families[static_cast<int>(task.family)];
+  return true;
 }
 
 }  // namespace paramkit

@@ -67,9 +67,9 @@ struct Program {
   // Both sides contiguous, `bytes` long, elements of `width` bytes. The commonest write by far.
   void add_contiguous(void* dst, const void* src, int64_t bytes, int width);
 
-  // A strided write. `rank` loops in any order, strides in bytes, no destination stride 0 with a
-  // size above 1. Adds nothing when a size is 0.
-  void add(void* dst, const void* src, int width, const Dim* dims, int rank);
+  // A strided write: `rank` loops in any order, strides in bytes. Adds nothing when a size is 0. False,
+  // and nothing added, if two steps of the loops may reach one element of the destination.
+  bool add(void* dst, const void* src, int width, const Dim* dims, int rank);
 };
 
 }  // namespace paramkit

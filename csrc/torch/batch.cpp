@@ -50,12 +50,16 @@ bool broadcasts(const at::TensorImpl& dst, const at::TensorImpl& src) {
   return true;
 }
 
+// What a check was about, put into words only when it fails.
+std::string pair_name(const Batch::Place& at) { return src_name(at) + " into " + dst_name(at); }
+std::string fill_name(const Batch::Place& at) { return value_name(at) + " into " + dst_name(at); }
+
 template <class Check>
-void in_context(const Batch::Place& place, const std::string& what, Check check) {
+void in_context(const Batch::Place& place, std::string (*what)(const Batch::Place&), Check check) {
   try {
     check();
   } catch (c10::Error& error) {
-    error.add_context(std::string("in paramkit.") + place.op + ", " + what);
+    error.add_context(std::string("in paramkit.") + place.op + ", " + what(place));
     throw;
   }
 }
@@ -157,11 +161,11 @@ void Batch::check_native(Place place, const at::Tensor& dst, const at::Tensor& s
   if (dst.layout() != c10::kStrided || !has_shape(dst) || !has_shape(src)) return;
   TORCH_CHECK(broadcasts(*dst.unsafeGetTensorImpl(), *src.unsafeGetTensorImpl()), place.op, ": ", src_name(place),
               " of shape ", src.sizes(), " does not broadcast to ", dst_name(place), " of shape ", dst.sizes());
-  in_context(place, dst_name(place), [&] { records(dst, src.unsafeGetTensorImpl()); });
+  in_context(place, dst_name, [&] { records(dst, src.unsafeGetTensorImpl()); });
 }
 
 void Batch::check_native(Place place, const at::Tensor& dst, const c10::Scalar& value) const {
-  in_context(place, value_name(place) + " into " + dst_name(place), [&] {
+  in_context(place, fill_name, [&] {
     char bytes[16];
     if (!c10::isQIntType(dst.scalar_type()))
       scalar_bytes(value, dst.scalar_type(), has_shape(dst) ? dst.numel() : 2, bytes);
@@ -255,9 +259,9 @@ void Batch::copy_strided(Place place, const at::Tensor& dst, const at::Tensor& s
                 " refer to a single memory location. Please clone() the tensor before performing the operation.");
   }
   const auto to_type = c10::typeMetaToScalarType(to.dtype()), from_type = c10::typeMetaToScalarType(from.dtype());
-  in_context(place, src_name(place) + " into " + dst_name(place), [&] { check_conversion(to_type, from_type); });
+  in_context(place, pair_name, [&] { check_conversion(to_type, from_type); });
   bool recorded = false;
-  in_context(place, dst_name(place), [&] { recorded = records(dst, &from); });
+  in_context(place, dst_name, [&] { recorded = records(dst, &from); });
   if (recorded || meets) return defer_copy(dst, src);
   if (to_type != from_type) return defer_cast(dst, src);
 
@@ -266,24 +270,29 @@ void Batch::copy_strided(Place place, const at::Tensor& dst, const at::Tensor& s
   const int width = static_cast<int>(to.itemsize());
   if (written) {
     // Destinations that may hold one element twice (as_strided windows) keep torch's order of writes.
-    if (!injective(dims, rank, width)) return defer_copy(dst, src);
-    program_.add(data(to), data(from), width, dims, rank);
+    if (!program_.add(data(to), data(from), width, dims, rank)) return defer_copy(dst, src);
   }
   bumps_.push_back(dst.unsafeGetTensorImpl());
 }
 
-const char* Batch::element(const c10::Scalar& value, c10::ScalarType type, int64_t numel) {
-  elements_.emplace_back();
-  scalar_bytes(value, type, numel, elements_.back().data());
-  return elements_.back().data();
+const char* Batch::element(Number& number, c10::ScalarType type, int64_t numel) {
+  const int64_t few = std::min<int64_t>(numel, 2);
+  if (number.bytes == nullptr || number.type != type || number.few != few) {
+    elements_.emplace_back();
+    scalar_bytes(number.value, type, numel, elements_.back().data());
+    number.type = type;
+    number.few = few;
+    number.bytes = elements_.back().data();
+  }
+  return number.bytes;
 }
 
-void Batch::fill(Place place, const at::Tensor& dst, const c10::Scalar& value) {
+void Batch::fill(Place place, const at::Tensor& dst, Number& number) {
   const at::TensorImpl& to = *dst.unsafeGetTensorImpl();
   const Access how = access(to);
   if (how == Access::Native) {
-    check_native(place, dst, value);
-    return defer_fill(dst, value);
+    check_native(place, dst, number.value);
+    return defer_fill(dst, number.value);
   }
   check_version(place, how);
   const bool written = to.numel() > 0;
@@ -291,17 +300,15 @@ void Batch::fill(Place place, const at::Tensor& dst, const c10::Scalar& value) {
               " has a shape but no memory (its storage was resized to 0, as FSDP does): gather it first");
   const char* bytes = nullptr;
   bool recorded = false;
-  in_context(place, value_name(place) + " into " + dst_name(place), [&] {
-    bytes = element(value, c10::typeMetaToScalarType(to.dtype()), to.numel());
+  in_context(place, fill_name, [&] {
+    bytes = element(number, c10::typeMetaToScalarType(to.dtype()), to.numel());
     recorded = records(dst, nullptr);
   });
   Dim dims[kMaxRank];
   const int rank = static_cast<int>(to.dim()), width = static_cast<int>(to.itemsize());
-  for (int i = 0; i < rank; ++i) dims[i] = {to.sizes()[i], to.strides()[i] * width, 0};
-  if (recorded || (written && !injective(dims, rank, width))) {
-    return defer_fill(dst, value);
-  }
-  if (written) program_.add(data(to), bytes, width, dims, rank);
+  const auto sizes = to.sizes(), strides = to.strides();
+  for (int i = 0; i < rank; ++i) dims[i] = {sizes[i], strides[i] * width, 0};
+  if (recorded || (written && !program_.add(data(to), bytes, width, dims, rank))) return defer_fill(dst, number.value);
   bumps_.push_back(dst.unsafeGetTensorImpl());
 }
 
@@ -315,7 +322,7 @@ void Batch::fill(Place place, const at::Tensor& dst, const at::Tensor& value) {
   }
   TORCH_CHECK_NOT_IMPLEMENTED(!value.is_meta() || dst.is_meta(), place.op, ": ", value_name(place),
                               " is on the meta device: no data to fill with");
-  in_context(place, dst_name(place), [&] { records(dst, value.unsafeGetTensorImpl()); });
+  in_context(place, dst_name, [&] { records(dst, value.unsafeGetTensorImpl()); });
   deferred_.push_back({program_.tasks.size(), dst, value, {}, true, false, {}});
 }
 

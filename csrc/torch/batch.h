@@ -34,10 +34,18 @@ class Batch {
     int64_t index;
   };
 
+  // A number to fill with. It remembers its last conversion: lists mostly fill one dtype.
+  struct Number {
+    c10::Scalar value;
+    c10::ScalarType type{};
+    int64_t few = 0;  // the number of elements that it was converted for, 2 for all above
+    const char* bytes = nullptr;
+  };
+
   // Record one write. They throw what torch throws for it, as far as that can be known beforehand.
   // The caller keeps the sources alive until run() is over; run() keeps the destinations.
   void copy(Place place, const at::Tensor& dst, const at::Tensor& src);
-  void fill(Place place, const at::Tensor& dst, const c10::Scalar& value);
+  void fill(Place place, const at::Tensor& dst, Number& value);
   void fill(Place place, const at::Tensor& dst, const at::Tensor& value);
 
   // Check what can be known of a write that torch's own copy_ or fill_ will do.
@@ -76,7 +84,7 @@ class Batch {
   void defer_copy(const at::Tensor& dst, const at::Tensor& src);
   void defer_cast(const at::Tensor& dst, const at::Tensor& src);
   void defer_fill(const at::Tensor& dst, const c10::Scalar& value);
-  const char* element(const c10::Scalar& value, c10::ScalarType type, int64_t numel);
+  const char* element(Number& number, c10::ScalarType type, int64_t numel);
 
   Autograd autograd_ = Autograd::Follow;
   Program program_;

@@ -33,7 +33,10 @@ void fill_all(const char* op, TensorList dsts, at::ArrayRef<Scalar> values) {
   check_lengths(op, dsts.size(), values.size());
   Batch batch;
   batch.set_autograd(Batch::Autograd::Below);
-  for (size_t i = 0; i < dsts.size(); ++i) batch.fill({op, static_cast<int64_t>(i)}, dsts[i], values[i]);
+  for (size_t i = 0; i < dsts.size(); ++i) {
+    Batch::Number number{values[i]};
+    batch.fill({op, static_cast<int64_t>(i)}, dsts[i], number);
+  }
   batch.run(false);
 }
 

@@ -2,6 +2,7 @@
 
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
 #include <cstring>
@@ -19,17 +20,12 @@ namespace {
 
 // What a tensor's reference counts look like when only a C++ object holds it: measured, once, since
 // versions of torch differ in which side owns which.
-struct Counts {
-  size_t tensor;
-  Py_ssize_t object;
-};
-
-const Counts& orphan_counts() {
-  static const Counts result = [] {
+const Plan::Counts& orphan_counts() {
+  static const Plan::Counts result = [] {
     const at::Tensor only_here = at::empty({0});
     PyObject* object = THPVariable_Wrap(only_here);
     Py_DECREF(object);  // not the last reference: the tensor keeps its object
-    return Counts{only_here.use_count(), Py_REFCNT(object)};
+    return Plan::Counts{only_here.use_count(), Py_REFCNT(object)};
   }();
   return result;
 }
@@ -57,7 +53,8 @@ Plan::Plan(std::vector<at::Tensor> dsts, std::vector<at::Tensor> srcs, std::vect
       writes_(std::move(writes)),
       slots_(std::move(slots)),
       follow_autograd_(follow_autograd),
-      ordered_(ordered) {
+      ordered_(ordered),
+      orphan_counts_(orphan_counts()) {
   for (const at::Tensor& tensor : dsts_) {
     dst_snapshots_.push_back(snapshot(tensor, follow_autograd_ && !tensor.is_view()));
     inference_ |= tensor.is_inference();
@@ -80,14 +77,11 @@ void Plan::compile(size_t w) {
   Dim dims[kMaxRank];
   for (size_t i = 0; i < rank; ++i)
     dims[i] = {write.sizes[i], write.dst_strides[i] * width, write.src_strides[i] * width};
-  if (!injective(dims, static_cast<int>(rank), static_cast<int>(width)) &&
-      !std::count(write.sizes.begin(), write.sizes.end(), 0)) {
-    native_.push_back(static_cast<uint32_t>(w));
-    return;
-  }
   const size_t before = program_.tasks.size();
-  program_.add(data(dst) + write.dst_offset * width, data(src) + write.src_offset * width, static_cast<int>(width),
-               dims, static_cast<int>(rank));
+  if (!program_.add(data(dst) + write.dst_offset * width, data(src) + write.src_offset * width, static_cast<int>(width),
+                    dims, static_cast<int>(rank))) {
+    native_.push_back(static_cast<uint32_t>(w));
+  }
   if (program_.tasks.size() > before) task_write_.push_back(static_cast<uint32_t>(w));
 }
 
@@ -104,7 +98,7 @@ std::vector<std::string> Plan::families() const {
 
 Plan::Snapshot Plan::snapshot(const at::Tensor& tensor, bool with_object) {
   at::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-  Snapshot result{impl, nullptr, nullptr, nullptr, 0, static_cast<uint32_t>(layouts_.size()), 0};
+  Snapshot result{impl, nullptr, nullptr, nullptr, impl->autograd_meta(), 0, static_cast<uint32_t>(layouts_.size()), 0};
   if (with_object) {
     result.object = THPVariable_Wrap(tensor);
     Py_DECREF(result.object);  // lives as long as the tensor
@@ -139,8 +133,8 @@ inline bool Plan::intact(const Snapshot& was) const {
 // plan of lists can hold such a tensor without a slot noticing. Views are not judged, nor tensors that
 // share their storage: their memory belongs to somebody else.
 inline bool Plan::orphan(const Snapshot& was) const {
-  return was.object != nullptr && Py_REFCNT(was.object) <= orphan_counts().object &&
-         c10::raw::intrusive_ptr::use_count(was.impl) <= orphan_counts().tensor && was.storage != nullptr &&
+  return was.object != nullptr && Py_REFCNT(was.object) <= orphan_counts_.object &&
+         c10::raw::intrusive_ptr::use_count(was.impl) <= orphan_counts_.tensor && was.storage != nullptr &&
          was.impl->unsafe_storage().use_count() == 1;
 }
 
@@ -148,7 +142,9 @@ inline bool Plan::slot_holds(const Slot& slot) const {
   return PyDict_GetItemWithError(slot.table.ptr(), slot.key.ptr()) == slot.value.ptr();
 }
 
-bool Plan::intact(const std::vector<Snapshot>& all, bool& autograd) const {
+// `recorded`: set if native autograd would look at a write to or from one of them.
+bool Plan::intact(const std::vector<Snapshot>& all, bool& recorded) const {
+  const bool grad_mode = at::GradMode::is_enabled();
   const Snapshot* const end = all.data() + all.size();
   for (const Snapshot* was = all.data(); was != end; ++was) {
     if (end - was > kAhead) {
@@ -157,16 +153,17 @@ bool Plan::intact(const std::vector<Snapshot>& all, bool& autograd) const {
       // Never address 0: the processor looks for its page in vain, which takes longer than a miss.
       if (next.storage != nullptr) prefetch_lines<sizeof(at::StorageImpl)>(next.storage);
       if (next.object != nullptr) prefetch_lines<1>(next.object);
+      if (next.autograd != nullptr) prefetch_lines<sizeof(torch::autograd::AutogradMeta)>(next.autograd);
     }
     if (!intact(*was) || orphan(*was)) return false;
-    autograd |= was->impl->autograd_meta() != nullptr;
+    if (follow_autograd_) recorded |= on_autograd(*was->impl, grad_mode);
   }
   return true;
 }
 
-bool Plan::intact(bool& autograd) const {
+bool Plan::intact(bool& recorded) const {
   return std::all_of(slots_.begin(), slots_.end(), [this](const Slot& slot) { return slot_holds(slot); }) &&
-         intact(dst_snapshots_, autograd) && intact(src_snapshots_, autograd);
+         intact(dst_snapshots_, recorded) && intact(src_snapshots_, recorded);
 }
 
 std::vector<int64_t> Plan::replaced() const {
@@ -240,16 +237,6 @@ void Plan::copy_native(size_t w) const {
       .copy_(view(srcs_[static_cast<size_t>(write.src)], write, false));
 }
 
-// Whether native autograd would record any of the writes, or refuse it.
-bool Plan::recorded() const {
-  bool any = false;
-  for (const Write& write : writes_) {
-    any |= needs_autograd(dsts_[static_cast<size_t>(write.dst)],
-                          srcs_[static_cast<size_t>(write.src)].unsafeGetTensorImpl());
-  }
-  return any;
-}
-
 void Plan::bump_versions() const {
   const Snapshot* const end = dst_snapshots_.data() + dst_snapshots_.size();
   for (const Snapshot* dst = dst_snapshots_.data(); dst != end; ++dst) {
@@ -265,9 +252,9 @@ void Plan::bump_versions() const {
 }
 
 bool Plan::run(const py::object& progress) {
-  bool autograd = false;
-  if (!intact(autograd)) return false;
-  if (follow_autograd_ && autograd && recorded()) {
+  bool recorded = false;
+  if (!intact(recorded)) return false;
+  if (recorded) {
     const Scratch batch;
     for (const Write& write : writes_) {
       batch->copy({"apply", write.dst}, dsts_[static_cast<size_t>(write.dst)], srcs_[static_cast<size_t>(write.src)]);

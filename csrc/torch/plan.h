@@ -31,6 +31,12 @@ class Plan {
     pybind11::object table, key, value;
   };
 
+  // Reference counts of a tensor, on the C++ side and of its Python object.
+  struct Counts {
+    size_t tensor;
+    Py_ssize_t object;
+  };
+
   // follow_autograd: every write covers a whole destination, and is judged as Tensor.copy_ would be.
   // ordered: writes may touch the same element; the later one wins.
   Plan(std::vector<at::Tensor> dsts, std::vector<at::Tensor> srcs, std::vector<Write> writes, std::vector<Slot> slots,
@@ -63,8 +69,9 @@ class Plan {
   struct Snapshot {
     at::TensorImpl* impl;
     at::StorageImpl* storage;
-    const char* begin;  // of the storage
-    PyObject* object;   // destinations of lists only
+    const char* begin;     // of the storage
+    PyObject* object;      // destinations of lists only
+    const void* autograd;  // its metadata, for fetching it ahead
     int64_t offset;
     uint32_t layout;  // sizes, then strides, in layouts_
     uint32_t rank;
@@ -72,14 +79,13 @@ class Plan {
 
   Snapshot snapshot(const at::Tensor& tensor, bool with_object);
   bool intact(const Snapshot& was) const;
-  bool intact(const std::vector<Snapshot>& all, bool& autograd) const;
+  bool intact(const std::vector<Snapshot>& all, bool& recorded) const;
   bool slot_holds(const Slot& slot) const;
   bool orphan(const Snapshot& was) const;
-  bool intact(bool& autograd) const;
+  bool intact(bool& recorded) const;
   void compile(size_t write);
   at::Tensor view(const at::Tensor& tensor, const Write& write, bool dst) const;
   void copy_native(size_t write) const;
-  bool recorded() const;
   void bump_versions() const;
   void run_in_pieces(const pybind11::object& progress);
 
@@ -87,6 +93,7 @@ class Plan {
   std::vector<Write> writes_;
   std::vector<Slot> slots_;
   bool follow_autograd_, ordered_, inference_ = false;
+  Counts orphan_counts_;
 
   std::vector<Snapshot> dst_snapshots_, src_snapshots_;
   std::vector<int64_t> layouts_;

@@ -103,23 +103,28 @@ bool to_scalar(PyObject* object, c10::Scalar& scalar) {
   return true;
 }
 
-void add_fill(Batch& batch, Batch::Place place, PyObject* dst, PyObject* value) {
+// `number` is what `seen`, the value of the entry before, was converted to: often the same object.
+void add_fill(Batch& batch, Batch::Place place, PyObject* dst, PyObject* value, PyObject*& seen,
+              Batch::Number& number) {
   const at::Tensor& to = tensor(dst, place.op, "dsts", "dst", place.index);
   if (is_tensor(value)) {
     if (!THPVariable_CheckExact(dst) || !THPVariable_CheckExact(value)) return defer_method(batch, dst, "fill_", value);
     return batch.fill(place, to, THPVariable_Unpack(value));
   }
-  c10::Scalar scalar;
-  if (!to_scalar(value, scalar)) {
-    TORCH_CHECK_TYPE(false, place.op, ": expected a number or a 0-dim tensor as ",
-                     place.index < 0 ? std::string("value") : "values[" + std::to_string(place.index) + "]", ", got ",
-                     type_name(value));
+  if (value != seen) {
+    number = {};
+    if (!to_scalar(value, number.value)) {
+      TORCH_CHECK_TYPE(false, place.op, ": expected a number or a 0-dim tensor as ",
+                       place.index < 0 ? std::string("value") : "values[" + std::to_string(place.index) + "]", ", got ",
+                       type_name(value));
+    }
+    seen = value;
   }
   if (!THPVariable_CheckExact(dst)) {
-    batch.check_native(place, to, scalar);
+    batch.check_native(place, to, number.value);
     return defer_method(batch, dst, "fill_", value);
   }
-  batch.fill(place, to, scalar);
+  batch.fill(place, to, number);
 }
 
 void check_arguments(const char* op, Py_ssize_t got, Py_ssize_t expected) {
@@ -149,7 +154,9 @@ PyObject* fill_(PyObject*, PyObject* const* args, Py_ssize_t n) {
   check_arguments("fill_", n, 2);
   if (!plain_context()) return native("fill_", args, n);
   const Scratch batch;
-  add_fill(*batch, {"fill_", -1}, args[0], args[1]);
+  PyObject* seen = nullptr;
+  Batch::Number number;
+  add_fill(*batch, {"fill_", -1}, args[0], args[1], seen, number);
   RECORD_FUNCTION("paramkit::fill_", std::vector<c10::IValue>());
   batch->run(false);
   return Py_NewRef(args[0]);
@@ -193,7 +200,11 @@ PyObject* foreach_fill_(PyObject*, PyObject* const* args, Py_ssize_t n) {
               values, " values");
   const Scratch batch;
   PyObject* const* value = one ? &args[1] : PySequence_Fast_ITEMS(args[1]);
-  for (Py_ssize_t i = 0; i < dsts.size; ++i) add_fill(*batch, {op, i}, dsts.data[i], value[one ? 0 : i]);
+  PyObject* seen = nullptr;
+  Batch::Number number;
+  for (Py_ssize_t i = 0; i < dsts.size; ++i) {
+    add_fill(*batch, {op, i}, dsts.data[i], value[one ? 0 : i], seen, number);
+  }
   RECORD_FUNCTION("paramkit::foreach_fill_", std::vector<c10::IValue>());
   const py::object held = hold(*batch, args[1]);
   batch->run(false);

@@ -68,25 +68,20 @@ void scalar_bytes(const c10::Scalar& value, c10::ScalarType type, int64_t numel,
   if (numel > 0) std::memcpy(bytes, few.const_data_ptr(), few.element_size());
 }
 
-namespace {
-
-bool has_tangent(const at::TensorImpl& impl) {
+bool on_autograd(const at::TensorImpl& impl, bool grad_mode) {
+  // Most tensors carry no autograd metadata at all.
   const auto* meta = static_cast<const torch::autograd::AutogradMeta*>(impl.autograd_meta());
-  return meta != nullptr && meta->fw_grad_ != nullptr && !meta->fw_grad_->empty();
+  if (meta == nullptr) return false;
+  return (grad_mode && meta->requires_grad()) || (meta->fw_grad_ != nullptr && !meta->fw_grad_->empty());
 }
 
-}  // namespace
-
 bool needs_autograd(const at::Tensor& dst, const at::TensorImpl* src) {
-  const at::TensorImpl& impl = *dst.unsafeGetTensorImpl();
-  // Most tensors carry no autograd metadata at all.
-  if (impl.autograd_meta() == nullptr && (src == nullptr || src->autograd_meta() == nullptr)) return false;
-  bool needed = has_tangent(impl) || (src != nullptr && has_tangent(*src));
-  if (at::GradMode::is_enabled() && (impl.requires_grad() || (src != nullptr && src->requires_grad()))) {
-    torch::autograd::check_inplace(dst, true);
-    needed = true;
+  const bool grad_mode = at::GradMode::is_enabled();
+  if (!on_autograd(*dst.unsafeGetTensorImpl(), grad_mode) && (src == nullptr || !on_autograd(*src, grad_mode))) {
+    return false;
   }
-  return needed;
+  torch::autograd::check_inplace(dst, dst.requires_grad() || (src != nullptr && src->requires_grad()));
+  return true;
 }
 
 bool plain_context() {

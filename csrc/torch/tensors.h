@@ -54,6 +54,10 @@ void check_conversion(c10::ScalarType dst, c10::ScalarType src);
 // float8 and complex32 their limits differ).
 void scalar_bytes(const c10::Scalar& value, c10::ScalarType type, int64_t numel, char* bytes);
 
+// Whether a write to or from this tensor concerns autograd: with grad mode on it requires grad, or it
+// carries a forward-mode tangent.
+bool on_autograd(const at::TensorImpl& impl, bool grad_mode);
+
 // Whether autograd would record `dst.copy_(src)` (src may be null: a fill) or carry a forward-mode
 // tangent through it. Throws, as torch does, where it may not be written in place.
 bool needs_autograd(const at::Tensor& dst, const at::TensorImpl* src);
