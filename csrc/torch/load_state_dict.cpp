@@ -85,9 +85,10 @@ class Loader {
 
   // False: something here is not standard, or not in the state dict.
   bool visit(PyObject* module, PyObject* prefix) {
-    PyObject** slot = _PyObject_GetDictPtr(module);
-    if (slot == nullptr || *slot == nullptr || !standard_class(Py_TYPE(module))) return false;
-    PyObject* attributes = *slot;
+    if (!standard_class(Py_TYPE(module))) return false;
+    const auto instance = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr));
+    if (!instance) throw python_error();
+    PyObject* attributes = instance.ptr();
     PyObject* parameters = table(attributes, names().parameters);
     PyObject* buffers = table(attributes, names().buffers);
     PyObject* modules = table(attributes, names().modules);

@@ -64,14 +64,12 @@ class Plan {
   std::vector<int64_t> verify() const;
 
  private:
-  // A tensor as it was when the plan was made. A replay compares thousands of them with what they are
-  // now, so what the comparison needs is kept together and reached without a chain of pointers.
+  // A tensor as it was when the plan was made.
   struct Snapshot {
     at::TensorImpl* impl;
     at::StorageImpl* storage;
-    const char* begin;     // of the storage
-    PyObject* object;      // destinations of lists only
-    const void* autograd;  // its metadata, for fetching it ahead
+    const char* begin;  // of the storage
+    PyObject* object;   // destinations of lists only
     int64_t offset;
     uint32_t layout;  // sizes, then strides, in layouts_
     uint32_t rank;
@@ -86,7 +84,6 @@ class Plan {
   void compile(size_t write);
   at::Tensor view(const at::Tensor& tensor, const Write& write, bool dst) const;
   void copy_native(size_t write) const;
-  void bump_versions() const;
   void run_in_pieces(const pybind11::object& progress);
 
   std::vector<at::Tensor> dsts_, srcs_;
