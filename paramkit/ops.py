@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .backend import native
+
+# NOTE: [Compiling] While torch.compile traces, each operator is torch's own, one call a tensor: the
+# compiler fuses them itself, and needs no graph break.
 
 __all__ = ["copy_", "fill_", "foreach_copy_", "foreach_fill_"]
 
@@ -36,7 +38,7 @@ def copy_(dst: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
             [1., 2.]])
     """
     if torch.compiler.is_compiling():
-        return native.copy_(dst, src, non_blocking)
+        return dst.copy_(src, non_blocking=non_blocking)
     return backend.active().copy_(dst, src, non_blocking)
 
 
@@ -60,7 +62,7 @@ def fill_(dst: Tensor, value: float | bool | complex | Tensor) -> Tensor:
             [0.0000, 0.5000, 0.0000]])
     """
     if torch.compiler.is_compiling():
-        return native.fill_(dst, value)
+        return dst.fill_(value)
     return backend.active().fill_(dst, value)
 
 
@@ -90,7 +92,9 @@ def foreach_copy_(
             [3., 3.]], dtype=torch.bfloat16))
     """
     if torch.compiler.is_compiling():
-        return native.foreach_copy_(dsts, srcs, non_blocking)
+        for dst, src in zip(dsts, srcs, strict=True):
+            dst.copy_(src, non_blocking=non_blocking)
+        return None
     return backend.active().foreach_copy_(dsts, srcs, non_blocking)
 
 
@@ -113,5 +117,8 @@ def foreach_fill_(dsts: Sequence[Tensor], values: Any) -> None:
             [0.5000, 0.0000]]), tensor([[7, 0]])]
     """
     if torch.compiler.is_compiling():
-        return native.foreach_fill_(dsts, values)
+        each = values if isinstance(values, (list, tuple)) else [values] * len(dsts)
+        for dst, value in zip(dsts, each, strict=True):
+            dst.fill_(value)
+        return None
     return backend.active().foreach_fill_(dsts, values)

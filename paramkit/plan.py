@@ -7,12 +7,17 @@ backend, which keeps them as ready tasks, and remembers what has to be true for 
 
 from __future__ import annotations
 
+import numbers
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from time import perf_counter
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from . import backend
@@ -25,6 +30,9 @@ from .rules import Rule
 from .sources import open_source
 
 __all__ = ["Plan", "plan"]
+
+# What torch takes as a number; numpy registers its scalars as numbers, except its bool.
+NUMBERS = (numbers.Number, np.bool_)
 
 Slot = tuple[dict[str, Any], str, object]
 Progress = Callable[[int, int], object]
@@ -106,6 +114,11 @@ class Plan:
         self._dst_names: list[str] = []
         self._src_names: list[str] = []
         self._write_dst: list[str] = []
+        self._inference: list[str] = []
+        self._busy = threading.Lock()
+        self._ordered = False
+        self._in_module = False
+        self._table: Mapping[str, Any] | None = None  # destinations of a mapping that is no dict
 
     # --- for subclasses ---
 
@@ -123,11 +136,11 @@ class Plan:
     # --- compiling ---
 
     def _compile(
-        self, resolved: Resolved, *, overlap: str = "error", table: dict[str, Any] | None = None
+        self, resolved: Resolved, *, overlap: str = "error", table: Mapping[str, Any] | None = None
     ) -> None:
         """Check the writes against each other and hand them to the backend.
 
-        `table`: the dict that the destinations are values of, where there is no module.
+        `table`: the mapping that the destinations are values of, where there is no module.
         """
         findings = _conversion_findings(resolved)
         conflicts = find_conflicts(resolved)
@@ -145,7 +158,7 @@ class Plan:
         used = sorted({w.dst for w in resolved.writes})
         number = {d: k for k, d in enumerate(used)}
         destinations = [resolved.destinations[d] for d in used]
-        slots, slot_names = _slots(destinations, table)
+        slots, slot_names = _slots(destinations, table if isinstance(table, dict) else None)
         writes = [
             (
                 number[w.dst],
@@ -168,6 +181,10 @@ class Plan:
             ordered,
         )
         self._compiled, self._slots, self._slot_names = compiled, slots, slot_names
+        self._table = None if isinstance(table, dict) else table
+        self._ordered = ordered
+        self._in_module = any(d.owner is not None for d in destinations)
+        self._inference = [d.name for d in destinations if d.tensor.is_inference()]
         self._dst_names = [d.name for d in destinations]
         self._src_names = list(resolved.source_names)
         self._write_dst = [resolved.destinations[w.dst].name for w in resolved.writes]
@@ -192,12 +209,27 @@ class Plan:
                 in a name, shape or dtype. Nothing was written.
             RuntimeError: a plan of lists, where `Tensor.copy_` would raise (a leaf that requires grad).
         """
+        if not self._busy.acquire(blocking=False):
+            raise PlanError(
+                "this plan is being applied already, by another thread or the call that it is in."
+            )
+        try:
+            return self._apply(source, progress)
+        finally:
+            self._busy.release()
+
+    def _apply(self, source: Any, progress: Progress | None) -> Report:
         compiled = self._ready()
         if source is not None:
             self._rebind(source)
             compiled = self._compiled
+        if self._inference and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"apply: {', '.join(self._inference)}: Inplace update to inference tensor outside InferenceMode "
+                "is not allowed; nothing was written: write inside torch.inference_mode()"
+            )
         start = perf_counter()
-        if not compiled.run(progress):
+        if self._replaced_in_table() or not compiled.run(progress):
             raise self._stale()
         return Report(self._summary, perf_counter() - start)
 
@@ -225,7 +257,8 @@ class Plan:
             compiled = self._compiled
         if self._is_stale():
             raise self._stale()
-        return list(dict.fromkeys(self._write_dst[i] for i in compiled.verify()))
+        differ = _verify_in_order(compiled) if self._ordered else compiled.verify()
+        return list(dict.fromkeys(self._write_dst[i] for i in differ))
 
     def refresh(self, source: Any = None) -> None:
         """Resolve the names again: after a parameter was replaced, moved or resized, or `release()`.
@@ -239,12 +272,14 @@ class Plan:
         self._build(source)
 
     def release(self) -> None:
-        """Let go of every tensor. `refresh(source)` makes the plan usable again."""
+        """Let go of every tensor. `refresh(source)` makes a plan with names usable again."""
         self._compiled = None
         self._slots, self._slot_names = [], []
 
     def set_requires_grad(self, requires_grad: bool) -> None:
-        """Set `requires_grad` on every floating-point or complex tensor that this plan writes.
+        """Set `requires_grad` on every floating-point or complex parameter that this plan writes.
+
+        Buffers of a module stay as they are; of a mapping or a list every tensor counts.
 
         >>> import torch, paramkit
         >>> model = torch.nn.Linear(2, 2)
@@ -254,8 +289,9 @@ class Plan:
         False
         """
         for tensor in self._ready().destinations():
-            if tensor.is_floating_point() or tensor.is_complex():
-                tensor.requires_grad_(requires_grad)
+            if isinstance(tensor, nn.Parameter) or not self._in_module:
+                if tensor.is_floating_point() or tensor.is_complex():
+                    tensor.requires_grad_(requires_grad)
 
     def _ready(self) -> Any:
         if self._compiled is None:
@@ -263,11 +299,20 @@ class Plan:
         return self._compiled
 
     def _is_stale(self) -> bool:
-        return any(self._compiled.moved()) or bool(self._compiled.replaced())
+        return any(self._compiled.moved()) or bool(
+            self._compiled.replaced() or self._replaced_in_table()
+        )
+
+    def _replaced_in_table(self) -> list[str]:
+        """Names of a mapping that is no dict whose value is another one now; dicts the backend watches."""
+        if self._table is None:
+            return []
+        held = zip(self._dst_names, self._compiled.destinations(), strict=True)
+        return [name for name, tensor in held if self._table.get(name) is not tensor]
 
     def _stale(self) -> PlanError:
         dsts, srcs = self._compiled.moved()
-        names = [self._slot_names[i] for i in self._compiled.replaced()]
+        names = [self._slot_names[i] for i in self._compiled.replaced()] + self._replaced_in_table()
         findings = [
             Finding(
                 name,
@@ -331,11 +376,14 @@ class _ModelPlan(Plan):
             raise PlanError("this plan was released, its source with it; give refresh() a source.")
         tensors = open_source(self._source if source is None else source)
         resolved = resolve(model, tensors, **self._options)
-        self._compile(resolved, table=model if isinstance(model, dict) else None)
+        self._compile(resolved, table=None if isinstance(model, nn.Module) else model)
+        for d in resolved.destinations:  # the plan holds tensors, not the modules that own them
+            d.owner, d.path, d.alias_places = None, (), ()
+        resolved.source_tensors = []
         self._source, self._resolved = tensors, resolved
 
     def _explainable(self) -> Resolved:
-        return self._resolved
+        return replace(self._resolved, source_tensors=self._compiled.sources())
 
     def _rebind(self, source: Any) -> None:
         tensors = source if isinstance(source, dict) else open_source(source)
@@ -352,6 +400,8 @@ class _ModelPlan(Plan):
                 "Make a new plan, or call refresh(source).",
                 findings,
             )
+        if self._is_stale():
+            raise self._stale()
         self._build(tensors)  # only strides or devices differ: the same writes from other views
 
     def release(self) -> None:
@@ -372,7 +422,11 @@ class _ListPlan(Plan):
         self._compile(_lists(dsts, srcs))
 
     def _build(self, source: Any) -> None:
-        compiled = self._ready()
+        compiled = self._compiled
+        if compiled is None:
+            raise PlanError(
+                "this plan of two lists was released, and they have no names: make a new plan."
+            )
         self._compile(
             _lists(compiled.destinations(), compiled.sources() if source is None else source)
         )
@@ -406,7 +460,7 @@ def _values(dsts: Sequence[Tensor], srcs: Any) -> list[Any]:
         )
     made: dict[Any, Tensor] = {}
     for i, (dst, value) in enumerate(zip(dsts, values, strict=True)):
-        if isinstance(value, (int, float, complex)) and isinstance(dst, Tensor):
+        if isinstance(value, NUMBERS) and isinstance(dst, Tensor):
             # Filling one element is torch's own conversion, and its own error. Equal numbers share
             # it; -0.0 equals 0.0, and True equals 1, hence the repr and the type.
             key = (type(value), repr(value), dst.dtype, min(dst.numel(), 2))
@@ -457,7 +511,8 @@ def _whole(i: int, dst: Tensor, src: Tensor) -> Write:
     sizes = tuple(dst.shape)
     missing = len(sizes) - src.dim()
     strides = (0,) * missing + tuple(
-        0 if n == 1 else st for n, st in zip(src.shape, src.stride(), strict=True)
+        0 if n == 1 and size != 1 else st
+        for n, st, size in zip(src.shape, src.stride(), sizes[missing:], strict=True)
     )
     return Write(i, i, sizes, dst.stride(), 0, strides, 0)
 
@@ -484,6 +539,26 @@ def _differences(was: Mapping[str, Tensor], now: Mapping[str, Any]) -> list[Find
         elif new.dtype != old.dtype:
             findings.append(Finding(name, "dtype", str(new.dtype), str(old.dtype)))
     return findings
+
+
+def _verify_in_order(compiled: Any) -> list[int]:
+    """Of writes that may meet, the later one wins: they are done in order on copies of the destinations."""
+    dsts, copies = compiled.destinations(), []
+    for dst in dsts:
+        span = (
+            1 + sum((n - 1) * st for n, st in zip(dst.shape, dst.stride(), strict=True))
+            if dst.numel()
+            else 0
+        )
+        memory = dst.detach().as_strided((span,), (1,)).clone()
+        copies.append(memory.as_strided(dst.shape, dst.stride()))
+    replay = native.Plan(copies, compiled.sources(), compiled.writes(), [], False, True)
+    replay.run()
+    return [
+        i
+        for i, write in enumerate(compiled.writes())
+        if not native.same_bits(dsts[write[0]].detach(), copies[write[0]])
+    ]
 
 
 def _conversion_findings(resolved: Resolved) -> list[Finding]:
@@ -549,7 +624,8 @@ def _slots(
 
     for d in destinations:
         if table is not None:
-            add(table, d.key, d.tensor, d.name)
+            for name in (d.name, *d.aliases):
+                add(table, name, table[name], name)
         places = [Place(d.owner, d.key, d.path)] if d.owner is not None else []
         for name, place in zip((d.name, *d.aliases), (*places, *d.alias_places)):
             for parent, key, child in place.path:

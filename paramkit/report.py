@@ -60,7 +60,8 @@ class Report:
     """The outcome of one `apply()`: its `summary` and the `seconds` that the writes took.
 
     >>> import torch, paramkit
-    >>> report = paramkit.plan([torch.zeros(4)], [torch.ones(4)]).apply()
+    >>> weight = torch.zeros(4)
+    >>> report = paramkit.plan([weight], [torch.ones(4)]).apply()
     >>> report.summary.elements, report.summary.bytes
     (4, 16)
     """

@@ -605,7 +605,7 @@ class _Resolver:
                         "kept",
                         f"{written[k]} of {numel} elements written",
                         "all of them",
-                        "or name it in allow_missing",
+                        "write the rest, or name it in allow_missing",
                     )
                 )
             elif written[k] < numel:
@@ -789,6 +789,14 @@ def layout_finding(name: str, tensor: Tensor, destination: bool) -> Finding | No
             f"a {kind} tensor",
             "a dense, strided tensor",
             "convert it with to_dense()",
+        )
+    if tensor.numel() and tensor.device.type == "cpu" and tensor.data_ptr() == 0:
+        return Finding(
+            name,
+            "layout",
+            "a tensor with a shape but no memory",
+            "a tensor with memory",
+            "its storage was freed, as FSDP does: gather it first",
         )
     if destination and any(
         n > 1 and st == 0 for n, st in zip(tensor.shape, tensor.stride(), strict=True)

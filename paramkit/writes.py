@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .backend import native
 from .errors import Finding, PlanError, UnknownNameError, suggest
-from .plan import Plan
+from .plan import NUMBERS, Plan
 from .resolve import Destination, Resolved, Write, destinations_of, layout_finding
 
 __all__ = ["Handle", "Writes", "writes"]
@@ -152,7 +152,7 @@ class Writes:
         if isinstance(value, Tensor):
             self._recorded.append(_Recorded(name, index, value, _version(value), text))
             return
-        if not isinstance(value, (int, float, complex)):
+        if not isinstance(value, NUMBERS):
             raise TypeError(
                 f"writes: {text} = {type(value).__name__}: expected a number or a tensor"
             )
@@ -213,8 +213,10 @@ class _WritesPlan(Plan):
             raise PlanError("the model of this plan no longer exists.")
         resolved = _resolve_recorded(destinations_of(model), self._recorded)
         self._compile(
-            resolved, overlap=self._overlap, table=model if isinstance(model, dict) else None
+            resolved, overlap=self._overlap, table=None if isinstance(model, nn.Module) else model
         )
+        for d in resolved.destinations:  # the plan holds tensors, not the modules that own them
+            d.owner, d.path, d.alias_places = None, (), ()
         self._resolved = resolved
 
     def _rebind(self, source: Any) -> None:

@@ -75,6 +75,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("moved", &Plan::moved)
       .def("destinations", &Plan::destinations)
       .def("sources", &Plan::sources)
+      .def("writes",
+           [](const Plan& plan) {
+             py::list all;
+             for (const Plan::Write& w : plan.writes()) {
+               all.append(
+                   py::make_tuple(w.dst, w.src, w.sizes, w.dst_strides, w.dst_offset, w.src_strides, w.src_offset));
+             }
+             return all;
+           })
       .def("rebind", torch::wrap_pybind_function([](Plan& plan, const py::dict& tensors, const py::list& names) {
              return plan.rebind(tensors, names);
            }))

@@ -4,6 +4,8 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "torch/batch.h"
 
 namespace paramkit {
@@ -47,17 +49,23 @@ void foreach_copy_cpu(TensorList dsts, TensorList srcs, bool non_blocking) {
 }
 void foreach_fill_cpu(TensorList dsts, at::ArrayRef<Scalar> values) { fill_all("foreach_fill_", dsts, values); }
 
-// --- Meta: shapes only ---------------------------------------------------------------------------
+// --- Meta: shapes only, unless a tensor with memory is among them -----------------------------------
 
-void copy_meta(const Tensor& dst, const Tensor& src, bool) { (void)src.expand_as(dst); }
-void fill_meta(const Tensor&, const Scalar&) {}
-void foreach_copy_meta(TensorList dsts, TensorList srcs, bool) {
+bool all_meta(TensorList tensors) {
+  return std::all_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.is_meta(); });
+}
+
+void foreach_copy_meta(TensorList dsts, TensorList srcs, bool non_blocking) {
+  if (!all_meta(dsts)) return copy_all("foreach_copy_", dsts, srcs, non_blocking);
   check_lengths("foreach_copy_", dsts.size(), srcs.size());
   for (size_t i = 0; i < dsts.size(); ++i) (void)srcs[i].expand_as(dsts[i]);
 }
 void foreach_fill_meta(TensorList dsts, at::ArrayRef<Scalar> values) {
+  if (!all_meta(dsts)) return fill_all("foreach_fill_", dsts, values);
   check_lengths("foreach_fill_", dsts.size(), values.size());
 }
+void copy_meta(const Tensor& dst, const Tensor& src, bool non_blocking) { foreach_copy_meta(dst, src, non_blocking); }
+void fill_meta(const Tensor& dst, const Scalar& value) { foreach_fill_meta(dst, value); }
 
 // --- ADInplaceOrView: a raw write tells autograd that a saved tensor is stale --------------------
 
@@ -102,31 +110,16 @@ void foreach_fill_inplace(TensorList dsts, at::ArrayRef<Scalar> values) {
   foreach_fill__op().call(dsts, values);
 }
 
-// --- Autograd: what native autograd would record goes to torch's own copy_ and fill_ -------------
+// --- Autograd: what native autograd would record goes to torch's own copy_ and fill_, pair by pair --
 
-void copy_autograd(const Tensor& dst, const Tensor& src, bool non_blocking) {
-  if (needs_autograd(dst, src.unsafeGetTensorImpl())) {
-    dst.copy_(src, non_blocking);
-    return;
-  }
-  const at::AutoDispatchBelowAutograd below;
-  copy__op().call(dst, src, non_blocking);
-}
-void fill_autograd(const Tensor& dst, const Scalar& value) {
-  if (needs_autograd(dst, nullptr)) {
-    dst.fill_(value);
-    return;
-  }
-  const at::AutoDispatchBelowAutograd below;
-  fill__op().call(dst, value);
-}
 void foreach_copy_autograd(TensorList dsts, TensorList srcs, bool non_blocking) {
   check_lengths("foreach_copy_", dsts.size(), srcs.size());
   bool recorded = false;
   for (size_t i = 0; i < dsts.size(); ++i) recorded |= needs_autograd(dsts[i], srcs[i].unsafeGetTensorImpl());
   if (recorded) {
-    for (size_t i = 0; i < dsts.size(); ++i) copy_autograd(dsts[i], srcs[i], non_blocking);
-    return;
+    Batch batch;
+    for (size_t i = 0; i < dsts.size(); ++i) batch.copy({"foreach_copy_", static_cast<int64_t>(i)}, dsts[i], srcs[i]);
+    return batch.run(non_blocking);
   }
   const at::AutoDispatchBelowAutograd below;
   foreach_copy__op().call(dsts, srcs, non_blocking);
@@ -136,11 +129,25 @@ void foreach_fill_autograd(TensorList dsts, at::ArrayRef<Scalar> values) {
   bool recorded = false;
   for (const Tensor& dst : dsts) recorded |= needs_autograd(dst, nullptr);
   if (recorded) {
-    for (size_t i = 0; i < dsts.size(); ++i) fill_autograd(dsts[i], values[i]);
-    return;
+    Batch batch;
+    for (size_t i = 0; i < dsts.size(); ++i) {
+      Batch::Number number{values[i]};
+      batch.fill({"foreach_fill_", static_cast<int64_t>(i)}, dsts[i], number);
+    }
+    return batch.run(false);
   }
   const at::AutoDispatchBelowAutograd below;
   foreach_fill__op().call(dsts, values);
+}
+void copy_autograd(const Tensor& dst, const Tensor& src, bool non_blocking) {
+  if (needs_autograd(dst, src.unsafeGetTensorImpl())) return foreach_copy_autograd(dst, src, non_blocking);
+  const at::AutoDispatchBelowAutograd below;
+  copy__op().call(dst, src, non_blocking);
+}
+void fill_autograd(const Tensor& dst, const Scalar& value) {
+  if (needs_autograd(dst, nullptr)) return foreach_fill_autograd(dst, value);
+  const at::AutoDispatchBelowAutograd below;
+  fill__op().call(dst, value);
 }
 
 }  // namespace
@@ -166,3 +173,14 @@ PARAMKIT_IMPL(CUDA, cpu)  // pair by pair to torch's own copy_ and fill_
 PARAMKIT_IMPL(Meta, meta)
 PARAMKIT_IMPL(ADInplaceOrView, inplace)
 PARAMKIT_IMPL(Autograd, autograd)
+
+// torch's fallbacks for conjugate and negative tensors refuse lists that are written. The kernels send
+// such tensors to torch's own copy_ by themselves.
+TORCH_LIBRARY_IMPL(paramkit, Conjugate, m) {
+  m.impl("foreach_copy_", torch::CppFunction::makeFallthrough());
+  m.impl("foreach_fill_", torch::CppFunction::makeFallthrough());
+}
+TORCH_LIBRARY_IMPL(paramkit, Negative, m) {
+  m.impl("foreach_copy_", torch::CppFunction::makeFallthrough());
+  m.impl("foreach_fill_", torch::CppFunction::makeFallthrough());
+}

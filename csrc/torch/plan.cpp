@@ -19,16 +19,55 @@ namespace py = pybind11;
 
 namespace {
 
-// What a tensor's reference counts look like when only a C++ object holds it: measured, once, since
-// versions of torch differ in which side owns which.
-const Plan::Counts& orphan_counts() {
-  static const Plan::Counts result = [] {
-    const at::Tensor only_here = at::empty({0});
-    PyObject* object = THPVariable_Wrap(only_here);
-    Py_DECREF(object);  // not the last reference: the tensor keeps its object
-    return Plan::Counts{only_here.use_count(), Py_REFCNT(object)};
-  }();
-  return result;
+// A tensor's Python object, borrowed: it lives as long as the tensor.
+PyObject* python_object(const at::TensorBase& tensor) {
+  PyObject* object = THPVariable_Wrap(tensor);
+  Py_DECREF(object);
+  return object;
+}
+
+// What reference counts look like when only a C++ object, this plan, holds a tensor, or holds a view
+// and through it the base: measured, once, since versions of torch differ in which side owns which.
+Plan::Counts measure_orphan(bool view) {
+  at::Tensor tensor = at::empty({2});
+  PyObject* object = python_object(tensor);
+  at::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  const at::Tensor only = view ? tensor.narrow(0, 0, 1) : tensor;
+  tensor.reset();
+  return {c10::raw::intrusive_ptr::use_count(impl), Py_REFCNT(object)};
+}
+
+const Plan::Counts& orphan_counts(bool view) {
+  static const Plan::Counts of_tensor = measure_orphan(false), of_base = measure_orphan(true);
+  return view ? of_base : of_tensor;
+}
+
+// The memory that tensors lie in, sorted and merged.
+std::vector<Range> merged_ranges(const std::vector<at::Tensor>& tensors) {
+  std::vector<Range> ranges;
+  for (const at::Tensor& tensor : tensors) {
+    const at::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
+    if (impl.layout() == c10::kStrided && impl.has_storage() && impl.numel() > 0) ranges.push_back(range(impl));
+  }
+  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  size_t kept = 0;
+  for (const Range& next : ranges) {
+    if (kept > 0 && next.begin <= ranges[kept - 1].end) {
+      ranges[kept - 1].end = std::max(ranges[kept - 1].end, next.end);
+    } else {
+      ranges[kept++] = next;
+    }
+  }
+  ranges.resize(kept);
+  return ranges;
+}
+
+bool meets(const std::vector<Range>& ranges, const at::TensorImpl& impl) {
+  if (!impl.has_storage() || impl.numel() == 0) return false;
+  const Range own = range(impl);
+  const auto after = std::upper_bound(ranges.begin(), ranges.end(), own.begin,
+                                      [](const char* begin, const Range& r) { return begin < r.end; });
+  return after != ranges.end() && after->meets(own);
 }
 
 // A progress call about this often.
@@ -44,9 +83,9 @@ Plan::Plan(std::vector<at::Tensor> dsts, std::vector<at::Tensor> srcs, std::vect
       slots_(std::move(slots)),
       follow_autograd_(follow_autograd),
       ordered_(ordered),
-      orphan_counts_(orphan_counts()) {
+      orphan_counts_{orphan_counts(false), orphan_counts(true)} {
   for (const at::Tensor& tensor : dsts_) {
-    dst_snapshots_.push_back(snapshot(tensor, follow_autograd_ && !tensor.is_view()));
+    dst_snapshots_.push_back(snapshot(tensor, follow_autograd_));
     inference_ |= tensor.is_inference();
   }
   for (const at::Tensor& tensor : srcs_) src_snapshots_.push_back(snapshot(tensor, false));
@@ -86,13 +125,13 @@ std::vector<std::string> Plan::families() const {
 
 // --- is everything still as planned? -----------------------------------------------------------
 
-Plan::Snapshot Plan::snapshot(const at::Tensor& tensor, bool with_object) {
+Plan::Snapshot Plan::snapshot(const at::Tensor& tensor, bool with_owner) {
   at::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-  Snapshot result{impl, nullptr, nullptr, nullptr, 0, static_cast<uint32_t>(layouts_.size()), 0};
-  if (with_object) {
-    result.object = THPVariable_Wrap(tensor);
-    Py_DECREF(result.object);  // lives as long as the tensor
-  }
+  Snapshot result{};
+  result.impl = impl;
+  result.layout = static_cast<uint32_t>(layouts_.size());
+  result.keys = impl->key_set();
+  result.dtype = impl->dtype();
   if (impl->layout() != c10::kStrided || !impl->has_storage()) return result;
   result.storage = impl->unsafe_storage().unsafeGetStorageImpl();
   result.begin = static_cast<const char*>(result.storage->data());
@@ -100,11 +139,19 @@ Plan::Snapshot Plan::snapshot(const at::Tensor& tensor, bool with_object) {
   result.rank = static_cast<uint32_t>(impl->dim());
   layouts_.insert(layouts_.end(), impl->sizes().begin(), impl->sizes().end());
   layouts_.insert(layouts_.end(), impl->strides().begin(), impl->strides().end());
+  if (with_owner) {
+    result.object = python_object(tensor);
+    if (tensor.is_view()) {
+      result.base = tensor._base().unsafeGetTensorImpl();
+      result.base_object = python_object(tensor._base());
+    }
+  }
   return result;
 }
 
 inline bool Plan::intact(const Snapshot& was) const {
   const at::TensorImpl& impl = *was.impl;
+  if (impl.key_set() != was.keys || impl.dtype() != was.dtype) return false;
   if (was.storage == nullptr) return true;  // not strided: torch's own copy_ judges it
   if (impl.unsafe_storage().unsafeGetStorageImpl() != was.storage || was.storage->data() != was.begin ||
       impl.storage_offset() != was.offset) {
@@ -120,12 +167,15 @@ inline bool Plan::intact(const Snapshot& was) const {
 }
 
 // Whether only this plan keeps a tensor alive: whoever it was planned for has another one now. Only a
-// plan of lists can hold such a tensor without a slot noticing. Views are not judged, nor tensors that
-// share their storage: their memory belongs to somebody else.
+// plan of lists can hold such a tensor without a slot noticing. Memory that more tensors share than
+// this one (and its base) is not judged: it belongs to somebody else.
 inline bool Plan::orphan(const Snapshot& was) const {
-  return was.object != nullptr && Py_REFCNT(was.object) <= orphan_counts_.object &&
-         c10::raw::intrusive_ptr::use_count(was.impl) <= orphan_counts_.tensor && was.storage != nullptr &&
-         was.impl->unsafe_storage().use_count() == 1;
+  const auto held_here = [](at::TensorImpl* impl, PyObject* object, const Counts& counts) {
+    return Py_REFCNT(object) <= counts.object && c10::raw::intrusive_ptr::use_count(impl) <= counts.tensor;
+  };
+  if (was.object == nullptr || !held_here(was.impl, was.object, orphan_counts_[0])) return false;
+  if (was.impl->unsafe_storage().use_count() != (was.base == nullptr ? 1U : 2U)) return false;
+  return was.base == nullptr || held_here(was.base, was.base_object, orphan_counts_[1]);
 }
 
 inline bool Plan::slot_holds(const Slot& slot) const {
@@ -174,6 +224,7 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> Plan::moved() const {
 
 bool Plan::rebind(const py::dict& tensors, const py::list& names) {
   TORCH_CHECK(names.size() == srcs_.size(), "rebind: expected ", srcs_.size(), " names, got ", names.size());
+  if (written_.empty()) written_ = merged_ranges(dsts_);
   std::vector<at::Tensor> srcs;
   srcs.reserve(srcs_.size());
   for (size_t i = 0; i < srcs_.size(); ++i) {
@@ -181,9 +232,10 @@ bool Plan::rebind(const py::dict& tensors, const py::list& names) {
     if (value == nullptr || !THPVariable_CheckExact(value)) return true;
     const at::Tensor& tensor = THPVariable_Unpack(value);
     const at::TensorImpl &now = *tensor.unsafeGetTensorImpl(), &was = *srcs_[i].unsafeGetTensorImpl();
-    if ((access(now) == Access::Native) != (access(was) == Access::Native) || now.dtype() != was.dtype() ||
-        now.device() != was.device() || now.layout() != was.layout() || now.sizes() != was.sizes() ||
-        (now.layout() == c10::kStrided && now.strides() != was.strides())) {
+    if (now.key_set() != was.key_set() || now.dtype() != was.dtype() || now.device() != was.device() ||
+        now.layout() != was.layout() || now.sizes() != was.sizes() ||
+        (now.layout() == c10::kStrided &&
+         (now.strides() != was.strides() || meets(written_, now) || (now.numel() > 0 && data(now) == nullptr)))) {
       return true;
     }
     srcs.push_back(tensor);
@@ -231,6 +283,11 @@ bool Plan::run(const py::object& progress) {
       batch->copy({"apply", write.dst}, dsts_[static_cast<size_t>(write.dst)], srcs_[static_cast<size_t>(write.src)]);
     }
     batch->run(false);
+    if (!progress.is_none()) {
+      int64_t bytes = 0;
+      for (const at::Tensor& tensor : dsts_) bytes += static_cast<int64_t>(tensor.nbytes());
+      progress(bytes, bytes);
+    }
     return true;
   }
   TORCH_CHECK(!inference_ || c10::InferenceMode::is_enabled(),

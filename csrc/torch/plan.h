@@ -51,9 +51,11 @@ class Plan {
 
   const std::vector<at::Tensor>& destinations() const { return dsts_; }
   const std::vector<at::Tensor>& sources() const { return srcs_; }
+  const std::vector<Write>& writes() const { return writes_; }
 
   // Takes new sources by name, one for each of sources(). True, and nothing taken, if one is missing,
-  // is no plain tensor, or has another shape, dtype, device or strides.
+  // is no plain tensor, has another shape, dtype, device or strides, or may share memory with a
+  // destination.
   bool rebind(const pybind11::dict& tensors, const pybind11::list& names);
 
   // Writes. False, and nothing written, if replaced() or moved() has something to say.
@@ -69,13 +71,18 @@ class Plan {
     at::TensorImpl* impl;
     at::StorageImpl* storage;
     const char* begin;  // of the storage
-    PyObject* object;   // destinations of lists only
     int64_t offset;
+    c10::DispatchKeySet keys;  // among them the conjugate and the negative bit
+    caffe2::TypeMeta dtype;
     uint32_t layout;  // sizes, then strides, in layouts_
     uint32_t rank;
+    // Destinations of lists only: the tensor's Python object, and the same of a view's base.
+    PyObject* object;
+    at::TensorImpl* base;
+    PyObject* base_object;
   };
 
-  Snapshot snapshot(const at::Tensor& tensor, bool with_object);
+  Snapshot snapshot(const at::Tensor& tensor, bool with_owner);
   bool intact(const Snapshot& was) const;
   bool intact(const std::vector<Snapshot>& all, bool& recorded) const;
   bool slot_holds(const Slot& slot) const;
@@ -90,7 +97,8 @@ class Plan {
   std::vector<Write> writes_;
   std::vector<Slot> slots_;
   bool follow_autograd_, ordered_, inference_ = false;
-  Counts orphan_counts_;
+  Counts orphan_counts_[2];     // of a tensor, and of the base of a view
+  std::vector<Range> written_;  // the memory of all destinations, sorted and merged
 
   std::vector<Snapshot> dst_snapshots_, src_snapshots_;
   std::vector<int64_t> layouts_;

@@ -167,7 +167,12 @@ def extension() -> ModuleType | None:
 
 def settings() -> dict[str, str]:
     """The variables of the environment that bear on the choice, those that are set."""
-    names = ("PARAMKIT_BACKEND", "PARAMKIT_CPU_CAPABILITY", "TORCH_EXTENSIONS_DIR")
+    names = (
+        "PARAMKIT_BACKEND",
+        "PARAMKIT_CPU_CAPABILITY",
+        "PARAMKIT_STREAM_BYTES",
+        "TORCH_EXTENSIONS_DIR",
+    )
     return {name: os.environ[name] for name in names if os.environ.get(name)}
 
 
@@ -205,6 +210,9 @@ def _environment() -> tuple[str, str]:
             f"PARAMKIT_CPU_CAPABILITY: got {capability!r}, "
             f"expected one of {', '.join(CAPABILITIES)}"
         )
+    stream = os.environ.get("PARAMKIT_STREAM_BYTES") or "0"
+    if not stream.isdecimal():
+        raise BackendError(f"PARAMKIT_STREAM_BYTES: got {stream!r}, expected a number of bytes")
     return route, capability
 
 

@@ -157,6 +157,12 @@ def check_copy(op: str, index: int | None, dst: Any, src: Any) -> None:
             f"memory location (shape {tuple(dst.shape)}, stride {dst.stride()}). Please clone() "
             "the tensor before performing the operation."
         )
+    for arg, tensor in ((d, dst), (s, src)):
+        if tensor.numel() and tensor.data_ptr() == 0:
+            raise RuntimeError(
+                f"{name}: {arg} has a shape but no memory (its storage was resized to 0, as FSDP does): "
+                "gather it first"
+            )
     if _overlap_partially(dst, src):
         raise RuntimeError(
             f"{name}: unsupported operation: some elements of {s} and {d} refer to a single "
@@ -316,23 +322,22 @@ class Plan:
 
     def moved(self) -> tuple[list[int], list[int]]:
         """Indices of destinations and of sources whose memory or layout changed since the plan was made."""
+        orphans = set(self._orphans())
         return (
             [
                 i
-                for i, t in enumerate(self._dsts)
-                if _fingerprint(t) != self._seen[i] or self._orphan(t)
+                for i, was in enumerate(self._seen)
+                if i in orphans or _fingerprint(self._dsts[i]) != was
             ],
-            [i for i, t in enumerate(self._srcs) if _fingerprint(t) != self._seen_srcs[i]],
+            [i for i, was in enumerate(self._seen_srcs) if _fingerprint(self._srcs[i]) != was],
         )
 
-    def _orphan(self, tensor: Tensor) -> bool:
-        """Whether only this plan still keeps a tensor alive. What a model holds is told by `replaced`."""
-        if not self._follow_autograd or tensor._base is not None:
-            return False
-        # Four references: the list, the caller's loop variable, the argument and getrefcount's own.
-        if tensor._use_count() > 1 or sys.getrefcount(tensor) > 4:
-            return False
-        return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) <= 2
+    def _orphans(self) -> list[int]:
+        """Destinations that only this plan still keeps alive. What a model holds is told by `replaced`."""
+        if not self._follow_autograd:
+            return []
+        orphan = _orphan_counts()
+        return [i for i, counts in enumerate(_counts(self._dsts)) if counts in orphan]
 
     def destinations(self) -> list[Tensor]:
         return list(self._dsts)
@@ -340,13 +345,20 @@ class Plan:
     def sources(self) -> list[Tensor]:
         return list(self._srcs)
 
+    def writes(self) -> list[tuple[Any, ...]]:
+        return list(self._writes)
+
     def rebind(self, tensors: dict[str, Tensor], names: list[str]) -> bool:
         """Take new sources by name. True, and nothing taken, if one is missing or has another layout."""
         new = [tensors.get(name) for name in names]
         if any(
-            not isinstance(t, Tensor) or _layout(t) != _layout(old)
+            not isinstance(t, Tensor)
+            or _layout(t) != _layout(old)
+            or (t.layout is torch.strided and t.numel() and t.data_ptr() == 0)
             for t, old in zip(new, self._srcs)
         ):
+            return True
+        if _may_share_memory(self._dsts, new):
             return True
         self._srcs = new
         self._seen_srcs = [_fingerprint(t) for t in new]
@@ -398,8 +410,39 @@ class Plan:
         return differ
 
 
+def _may_share_memory(dsts: list[Tensor], srcs: list[Tensor]) -> bool:
+    storages = {t.untyped_storage().data_ptr() for t in dsts if t.layout is torch.strided}
+    return any(
+        t.layout is torch.strided and t.untyped_storage().data_ptr() in storages for t in srcs
+    )
+
+
+def _counts(tensors: list[Tensor]) -> list[tuple[int, ...]]:
+    """Who holds each tensor: references to it and to its base, and tensors that share its storage."""
+    return [
+        (
+            sys.getrefcount(tensors[i]),
+            tensors[i]._use_count(),
+            torch._C._storage_Use_Count(tensors[i].untyped_storage()._cdata)
+            if tensors[i].layout is torch.strided
+            else 0,
+            sys.getrefcount(tensors[i]._base) if tensors[i]._base is not None else 0,
+        )
+        if type(tensors[i]) in (Tensor, torch.nn.Parameter)
+        else ()
+        for i in range(len(tensors))
+    ]
+
+
+@cache
+def _orphan_counts() -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The counts of a tensor that only a list holds, and of such a view, by looking at one of each."""
+    return (_counts([torch.empty(2)])[0], _counts([torch.empty(2)[:1]])[0])
+
+
 def _layout(t: Tensor) -> tuple[Any, ...]:
-    return (t.dtype, t.device, tuple(t.shape), t.stride() if t.layout is torch.strided else None)
+    strides = t.stride() if t.layout is torch.strided else None
+    return (t.dtype, t.device, tuple(t.shape), strides, t.is_conj(), t.is_neg())
 
 
 def _fingerprint(t: Tensor) -> tuple[Any, ...]:
