@@ -209,10 +209,7 @@ class Plan:
                 in a name, shape or dtype. Nothing was written.
             RuntimeError: a plan of lists, where `Tensor.copy_` would raise (a leaf that requires grad).
         """
-        if not self._busy.acquire(blocking=False):
-            raise PlanError(
-                "this plan is being applied already, by another thread or the call that it is in."
-            )
+        self._enter()
         try:
             return self._apply(source, progress)
         finally:
@@ -251,13 +248,17 @@ class Plan:
         Raises:
             PlanError: as `apply`.
         """
-        compiled = self._ready()
-        if source is not None:
-            self._rebind(source)
-            compiled = self._compiled
-        if self._is_stale():
-            raise self._stale()
-        differ = _verify_in_order(compiled) if self._ordered else compiled.verify()
+        self._enter()
+        try:
+            compiled = self._ready()
+            if source is not None:
+                self._rebind(source)
+                compiled = self._compiled
+            if self._is_stale():
+                raise self._stale()
+            differ = _verify_in_order(compiled) if self._ordered else compiled.verify()
+        finally:
+            self._busy.release()
         return list(dict.fromkeys(self._write_dst[i] for i in differ))
 
     def refresh(self, source: Any = None) -> None:
@@ -269,7 +270,11 @@ class Plan:
         Raises:
             PlanError: what the names stand for now does not fit. The plan stays as it was.
         """
-        self._build(source)
+        self._enter()
+        try:
+            self._build(source)
+        finally:
+            self._busy.release()
 
     def release(self) -> None:
         """Let go of every tensor. `refresh(source)` makes a plan with names usable again."""
@@ -292,6 +297,14 @@ class Plan:
             if isinstance(tensor, nn.Parameter) or not self._in_module:
                 if tensor.is_floating_point() or tensor.is_complex():
                     tensor.requires_grad_(requires_grad)
+
+    def _enter(self) -> None:
+        """One call at a time: the GIL is given up while a long plan runs."""
+        if not self._busy.acquire(blocking=False):
+            raise PlanError(
+                "this plan is in use already, by another thread or the call that it is in; "
+                "nothing was written."
+            )
 
     def _ready(self) -> Any:
         if self._compiled is None:

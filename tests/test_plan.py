@@ -1113,6 +1113,25 @@ def test_a_replay_runs_no_python_for_a_tensor(backend: str) -> None:
     assert model_calls[0][0] < 20
 
 
+@pytest.mark.usefixtures("backend")
+def test_a_plan_in_use_is_refused() -> None:
+    """Another thread, or the progress callback, may not change what is being written."""
+    dsts = [torch.zeros(2)]
+    plan = paramkit.plan(dsts, [torch.ones(2)])
+    refused = []
+
+    def progress(done: int, total: int) -> None:
+        for call in (plan.apply, plan.verify, plan.refresh, lambda: plan.apply([torch.zeros(2)])):
+            with pytest.raises(PlanError, match="in use"):
+                call()
+            refused.append(call)
+
+    plan.apply(progress=progress)
+    assert len(refused) == 4
+    assert dsts[0].tolist() == [1, 1]
+    assert plan.verify() == []
+
+
 # Autograd.
 
 

