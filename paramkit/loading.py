@@ -13,8 +13,8 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.overrides import TorchFunctionMode
 
 from . import backend
-from .backend import native
-from .resolve import module_tensors
+from .backend import checks
+from .sources import module_tensors
 
 __all__ = ["load_state_dict"]
 
@@ -74,7 +74,7 @@ class _Recorder(TorchFunctionMode):
         if func is Tensor.copy_ and id(args[0]) in self.own and len(args) == 2 and not kwargs:
             # torch collects what this raises and puts it into its own message.
             with torch.no_grad():
-                native.check_copy("copy_", None, args[0], args[1])
+                checks.check_copy("copy_", None, args[0], args[1])
             self.dsts.append(args[0])
             self.srcs.append(args[1])
             return args[0]

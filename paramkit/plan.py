@@ -7,34 +7,36 @@ backend, which keeps them as ready tasks, and remembers what has to be true for 
 
 from __future__ import annotations
 
-import numbers
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from math import prod
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import backend
-from .backend import native
 from .conflicts import find_conflicts
 from .errors import Finding, PlanError
-from .report import Cast, Report, Summary
-from .resolve import Destination, Place, Resolved, Write, layout_finding, resolve
+from .judge import (
+    Slot,
+    conflict_finding,
+    conversion_findings,
+    differences,
+    slots_of,
+    summary_of,
+    verify_in_order,
+)
+from .lists import as_sources, resolve_lists
+from .report import Report, Summary
+from .resolve import Resolved, resolve
 from .rules import Rule
 from .sources import open_source
 
 __all__ = ["Plan", "plan"]
 
-# What torch takes as a number; numpy registers its scalars as numbers, except its bool.
-NUMBERS = (numbers.Number, np.bool_)
-
-Slot = tuple[dict[str, Any], str, object]
 Progress = Callable[[int, int], object]
 
 
@@ -142,13 +144,13 @@ class Plan:
 
         `table`: the mapping that the destinations are values of, where there is no module.
         """
-        findings = _conversion_findings(resolved)
+        findings = conversion_findings(resolved)
         conflicts = find_conflicts(resolved)
         ordered = overlap == "last" and any(c.kind == "write" for c in conflicts)
         for c in conflicts:
             if c.kind == "write" and overlap == "last" and c.first != c.second:
                 continue
-            findings.append(_conflict_finding(resolved, c.kind, c.first, c.second))
+            findings.append(conflict_finding(resolved, c.kind, c.first, c.second))
         if findings:
             n = len(findings)
             raise PlanError(
@@ -158,7 +160,7 @@ class Plan:
         used = sorted({w.dst for w in resolved.writes})
         number = {d: k for k, d in enumerate(used)}
         destinations = [resolved.destinations[d] for d in used]
-        slots, slot_names = _slots(destinations, table if isinstance(table, dict) else None)
+        slots, slot_names = slots_of(destinations, table if isinstance(table, dict) else None)
         writes = [
             (
                 number[w.dst],
@@ -188,7 +190,7 @@ class Plan:
         self._dst_names = [d.name for d in destinations]
         self._src_names = list(resolved.source_names)
         self._write_dst = [resolved.destinations[w.dst].name for w in resolved.writes]
-        self._summary = _summary(resolved, self._dst_names, compiled.families(), active.NAME)
+        self._summary = summary_of(resolved, self._dst_names, compiled.families(), active.NAME)
 
     # --- public ---
 
@@ -256,7 +258,7 @@ class Plan:
                 compiled = self._compiled
             if self._is_stale():
                 raise self._stale()
-            differ = _verify_in_order(compiled) if self._ordered else compiled.verify()
+            differ = verify_in_order(compiled) if self._ordered else compiled.verify()
         finally:
             self._busy.release()
         return list(dict.fromkeys(self._write_dst[i] for i in differ))
@@ -406,7 +408,7 @@ class _ModelPlan(Plan):
         ):
             self._source = tensors
             return
-        findings = _differences(self._source, tensors)
+        findings = differences(self._source, tensors)
         if findings:
             raise PlanError(
                 "the new source differs from the one that was planned for; nothing was written. "
@@ -432,7 +434,7 @@ class _ListPlan(Plan):
 
     def __init__(self, dsts: Sequence[Tensor], srcs: Any) -> None:
         super().__init__()
-        self._compile(_lists(dsts, srcs))
+        self._compile(resolve_lists(dsts, srcs))
 
     def _build(self, source: Any) -> None:
         compiled = self._compiled
@@ -441,251 +443,21 @@ class _ListPlan(Plan):
                 "this plan of two lists was released, and they have no names: make a new plan."
             )
         self._compile(
-            _lists(compiled.destinations(), compiled.sources() if source is None else source)
+            resolve_lists(compiled.destinations(), compiled.sources() if source is None else source)
         )
 
     def _explainable(self) -> Resolved:
         compiled = self._ready()
-        return _lists(compiled.destinations(), compiled.sources())
+        return resolve_lists(compiled.destinations(), compiled.sources())
 
     def _rebind(self, source: Any) -> None:
         dsts = self._ready().destinations()
-        tensors = _values(dsts, source)
+        tensors = as_sources(dsts, source)
         if self._compiled.rebind(dict(zip(self._src_names, tensors)), self._src_names):
             was = dict(zip(self._src_names, self._compiled.sources(), strict=True))
-            findings = _differences(was, dict(zip(self._src_names, tensors, strict=True)))
+            findings = differences(was, dict(zip(self._src_names, tensors, strict=True)))
             if findings:
                 raise PlanError(
                     "the new sources differ from those planned for; nothing was written.", findings
                 )
-            self._compile(_lists(dsts, tensors))
-
-
-# --- lists ---------------------------------------------------------------------------------------
-
-
-def _values(dsts: Sequence[Tensor], srcs: Any) -> list[Any]:
-    """One source for each destination, numbers made 0-dim tensors of the destination's dtype."""
-    values = list(srcs) if isinstance(srcs, (list, tuple)) else [srcs] * len(dsts)
-    if len(values) != len(dsts):
-        raise PlanError(
-            f"plan: expected as many sources as destinations, got {len(dsts)} dsts and {len(values)} srcs."
-        )
-    made: dict[Any, Tensor] = {}
-    for i, (dst, value) in enumerate(zip(dsts, values, strict=True)):
-        if isinstance(value, NUMBERS) and isinstance(dst, Tensor):
-            # Filling one element is torch's own conversion, and its own error. Equal numbers share
-            # it; -0.0 equals 0.0, and True equals 1, hence the repr and the type.
-            key = (type(value), repr(value), dst.dtype, min(dst.numel(), 2))
-            if key not in made:
-                try:
-                    made[key] = native.element_of(value, dst)
-                except (RuntimeError, NotImplementedError, OverflowError) as error:
-                    raise type(error)(
-                        f"plan: srcs[{i}] = {value} into dsts[{i}] of {dst.dtype}: {error}"
-                    ) from None
-            values[i] = made[key]
-    return values
-
-
-def _lists(dsts: Sequence[Tensor], srcs: Any) -> Resolved:
-    values = _values(dsts, srcs)
-    for what, tensors in (("dsts", dsts), ("srcs", values)):
-        for i, tensor in enumerate(tensors):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(
-                    f"plan: expected a tensor as {what}[{i}], got {type(tensor).__name__}"
-                )
-    resolved = Resolved()
-    findings: list[Finding] = []
-    for i, (dst, src) in enumerate(zip(dsts, values, strict=True)):
-        name = f"dsts[{i}]"
-        finding = layout_finding(name, dst, True) or layout_finding(f"srcs[{i}]", src, False)
-        if finding is None and native.broadcast_error(dst.shape, src.shape):
-            finding = Finding(
-                name,
-                "shape",
-                f"a source of shape {tuple(src.shape)}",
-                f"one that broadcasts to {tuple(dst.shape)}",
-            )
-        if finding is not None:
-            findings.append(finding)
-            continue
-        resolved.destinations.append(Destination(name, dst, None, name, "tensor"))
-        resolved.source_names.append(f"srcs[{i}]")
-        resolved.source_tensors.append(src)
-        resolved.writes.append(_whole(len(resolved.writes), dst, src))
-    if findings:
-        raise PlanError(f"the plan has {len(findings)} problem(s); nothing was written.", findings)
-    return resolved
-
-
-def _whole(i: int, dst: Tensor, src: Tensor) -> Write:
-    sizes = tuple(dst.shape)
-    missing = len(sizes) - src.dim()
-    strides = (0,) * missing + tuple(
-        0 if n == 1 and size != 1 else st
-        for n, st, size in zip(src.shape, src.stride(), sizes[missing:], strict=True)
-    )
-    return Write(i, i, sizes, dst.stride(), 0, strides, 0)
-
-
-# --- checks --------------------------------------------------------------------------------------
-
-
-def _differences(was: Mapping[str, Tensor], now: Mapping[str, Any]) -> list[Finding]:
-    """Where a new source is not like the one that was planned for, in names, shapes and dtypes."""
-    findings = [
-        Finding(n, "missing", "", "a tensor in the new source") for n in was if n not in now
-    ]
-    findings += [
-        Finding(str(n), "unexpected", "", "only the names planned for") for n in now if n not in was
-    ]
-    for name, old in was.items():
-        new = now.get(name)
-        if new is None:
-            continue
-        if not isinstance(new, Tensor):
-            findings.append(Finding(name, "type", type(new).__name__, "a tensor"))
-        elif new.shape != old.shape:
-            findings.append(Finding(name, "shape", str(tuple(new.shape)), str(tuple(old.shape))))
-        elif new.dtype != old.dtype:
-            findings.append(Finding(name, "dtype", str(new.dtype), str(old.dtype)))
-    return findings
-
-
-def _verify_in_order(compiled: Any) -> list[int]:
-    """Of writes that may meet, the later one wins: they are done in order on copies of the destinations."""
-    dsts, copies = compiled.destinations(), []
-    for dst in dsts:
-        span = (
-            1 + sum((n - 1) * st for n, st in zip(dst.shape, dst.stride(), strict=True))
-            if dst.numel()
-            else 0
-        )
-        memory = dst.detach().as_strided((span,), (1,)).clone()
-        copies.append(memory.as_strided(dst.shape, dst.stride()))
-    replay = native.Plan(copies, compiled.sources(), compiled.writes(), [], False, True)
-    replay.run()
-    return [
-        i
-        for i, write in enumerate(compiled.writes())
-        if not native.same_bits(dsts[write[0]].detach(), copies[write[0]])
-    ]
-
-
-def _conversion_findings(resolved: Resolved) -> list[Finding]:
-    findings = []
-    for w in resolved.writes:
-        dst, src = resolved.destinations[w.dst], resolved.source_tensors[w.src]
-        error = native.conversion_error(dst.tensor.dtype, src.dtype)
-        if error is not None:
-            name = resolved.source_names[w.src]
-            findings.append(
-                Finding(
-                    dst.name,
-                    "dtype",
-                    f"{src.dtype} from {name}",
-                    f"what torch can copy to {dst.tensor.dtype}: {error}",
-                )
-            )
-    return findings
-
-
-def _conflict_finding(resolved: Resolved, kind: str, first: int, second: int) -> Finding:
-    def said(i: int) -> str:
-        w = resolved.writes[i]
-        text = f" ({w.text})" if w.text else ""
-        return f"{resolved.destinations[w.dst].name} <- {resolved.source_names[w.src]}{text}"
-
-    name = resolved.destinations[resolved.writes[second].dst].name
-    hint = 'drop one of them; for recorded writes, overlap="last" lets the later one win'
-    if kind == "read":
-        return Finding(
-            name,
-            "conflict",
-            f"{said(second)} reads memory that {said(first)} writes",
-            "sources apart from destinations",
-            "clone() the source",
-        )
-    if first == second:
-        return Finding(
-            name,
-            "conflict",
-            f"{said(first)}: a destination that overlaps itself",
-            "one place for each element",
-        )
-    return Finding(
-        name,
-        "conflict",
-        f"both {said(first)} and {said(second)} write one element",
-        "each element written once",
-        hint,
-    )
-
-
-def _slots(
-    destinations: Sequence[Destination], table: dict[str, Any] | None
-) -> tuple[list[Slot], list[str]]:
-    """Every dict entry that leads from the model to a destination: what a replaced Parameter changes."""
-    slots: dict[tuple[int, str], Slot] = {}
-    names: dict[tuple[int, str], str] = {}
-
-    def add(table: dict[str, Any], key: str, value: object, name: str) -> None:
-        slots.setdefault((id(table), key), (table, key, value))
-        names.setdefault((id(table), key), name)
-
-    for d in destinations:
-        if table is not None:
-            for name in (d.name, *d.aliases):
-                add(table, name, table[name], name)
-        places = [Place(d.owner, d.key, d.path)] if d.owner is not None else []
-        for name, place in zip((d.name, *d.aliases), (*places, *d.alias_places)):
-            for parent, key, child in place.path:
-                add(parent._modules, key, child, name)
-            held = (
-                place.owner._parameters
-                if place.key in place.owner._parameters
-                else place.owner._buffers
-            )
-            add(held, place.key, held[place.key], name)
-    return list(slots.values()), list(names.values())
-
-
-def _summary(
-    resolved: Resolved, names: Sequence[str], families: Sequence[str], backend_name: str
-) -> Summary:
-    elements = written = moved = 0
-    casts = []
-    for w in resolved.writes:
-        dst, src = resolved.destinations[w.dst].tensor, resolved.source_tensors[w.src]
-        n = prod(w.sizes)
-        read = prod(k for k, stride in zip(w.sizes, w.src_strides, strict=True) if stride)
-        elements += n
-        written += n * dst.element_size()
-        moved += n * dst.element_size() + (read if n else 0) * src.element_size()
-        if dst.dtype != src.dtype:
-            src_dtype, dst_dtype = (str(t.dtype).removeprefix("torch.") for t in (src, dst))
-            casts.append(
-                Cast(
-                    resolved.destinations[w.dst].name,
-                    resolved.source_names[w.src],
-                    src_dtype,
-                    dst_dtype,
-                )
-            )
-    routes: dict[str, int] = {}
-    for family in families:
-        routes[family] = routes.get(family, 0) + 1
-    return Summary(
-        tuple(names),
-        len(resolved.writes),
-        elements,
-        written,
-        moved,
-        tuple(casts),
-        (*resolved.kept, *(f"{name} (in part)" for name in resolved.partial)),
-        tuple(resolved.dropped),
-        routes,
-        backend_name,
-    )
+            self._compile(resolve_lists(dsts, tensors))

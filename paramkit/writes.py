@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backend import native
+from .backend import checks
+from .destinations import Destination, destinations_of, layout_finding
 from .errors import Finding, PlanError, UnknownNameError, suggest
-from .plan import NUMBERS, Plan
-from .resolve import Destination, Resolved, Write, destinations_of, layout_finding
+from .lists import NUMBERS
+from .plan import Plan
+from .resolve import Resolved, Write
 
 __all__ = ["Handle", "Writes", "writes"]
 
@@ -255,7 +257,7 @@ def _resolve_recorded(destinations: list[Destination], recorded: tuple[_Recorded
             )
             continue
         value = _without_leading_ones(r.value.detach(), view.dim())
-        if native.broadcast_error(view.shape, value.shape):
+        if checks.broadcast_error(view.shape, value.shape):
             findings.append(
                 Finding(
                     r.text,

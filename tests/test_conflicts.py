@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import paramkit
 from paramkit import PlanError
 from paramkit.conflicts import Conflict, find_conflicts
-from paramkit.resolve import Destination, Resolved, Write
+from paramkit.destinations import Destination
+from paramkit.resolve import Resolved, Write
 from tests.guards import (
     Layout,
     assert_same_bits,

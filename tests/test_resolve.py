@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from paramkit import PlanError, Rule
-from paramkit.resolve import Resolved, destinations_of, resolve
+from paramkit.destinations import destinations_of
+from paramkit.resolve import Resolved, resolve
 
 
 def run(resolved: Resolved) -> None:

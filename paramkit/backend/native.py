@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_copy, check_fill, check_inplace, tensor_list
+
 NAME = "native"
 _local = threading.local()
 
@@ -26,207 +28,6 @@ def writes_done() -> int:
 
 def _count(n: int = 1) -> None:
     _local.writes = getattr(_local, "writes", 0) + n
-
-
-# --- checks, all made before the first write -------------------------------------------------
-
-
-@cache
-def conversion_error(dst: torch.dtype, src: torch.dtype) -> Exception | None:
-    """What torch raises when it copies ``src`` into ``dst`` (None when it can), found by trying one element."""
-    import warnings
-
-    try:
-        with warnings.catch_warnings():  # complex -> real warns at the real copy, not at this probe
-            warnings.simplefilter("ignore")
-            torch.empty(1, dtype=dst).copy_(torch.empty(1, dtype=src))
-    except Exception as error:  # whatever torch raises is the answer
-        return error
-    return None
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a dense strided CPU tensor of exactly torch's own class."""
-    return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.layout is torch.strided
-        and tensor.device.type == "cpu"
-        and not tensor.is_quantized
-        and not tensor.is_conj()
-        and not tensor.is_neg()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    )
-
-
-def _describe(op: str, index: int | None) -> tuple[str, str, str]:
-    if index is None:
-        return op, "dst", "src"
-    return op, f"dsts[{index}]", f"srcs[{index}]"
-
-
-def _check_inplace(where: str, dst: Tensor, differentiable: bool) -> None:
-    if dst.is_inference() and not torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            f"{where} is an inference tensor, and inplace update to an inference tensor outside "
-            "InferenceMode is not allowed: clone it, or write inside torch.inference_mode()"
-        )
-    if not (differentiable and torch.is_grad_enabled()):
-        return
-    if dst.requires_grad and dst.is_leaf:
-        raise RuntimeError(
-            f"{where}: a leaf Variable that requires grad is being used in an in-place operation; "
-            "write under torch.no_grad()"
-        )
-    base = dst._base
-    if base is not None and base.requires_grad and base.is_leaf:
-        raise RuntimeError(
-            f"{where}: a view of a leaf Variable that requires grad is being used in an in-place "
-            "operation; write under torch.no_grad()"
-        )
-
-
-def _overlap_partially(a: Tensor, b: Tensor) -> bool:
-    """torch's own rule (ATen/MemoryOverlap): only dense tensors of one storage are judged."""
-    if a is b or a.numel() == 0 or b.numel() == 0:
-        return False
-    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
-        return False
-    if not (_dense(a) and _dense(b)):
-        return False
-    a0, b0 = a.data_ptr(), b.data_ptr()
-    a1, b1 = a0 + a.nbytes, b0 + b.nbytes
-    if (a0, a1) == (b0, b1):
-        return a.stride() != b.stride()
-    return a0 < b1 and b0 < a1
-
-
-def _dense(t: Tensor) -> bool:
-    """As torch's is_non_overlapping_and_dense: a permutation of a contiguous tensor."""
-    expected = 1
-    for stride, size in sorted((st, n) for n, st in zip(t.shape, t.stride()) if n != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _has_shape(t: Tensor) -> bool:
-    """Whether the shape of a tensor is what it says, and may be asked for."""
-    return not (
-        t.is_nested
-        or isinstance(t, (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer))
-        or torch._C._functorch.is_functorch_wrapped_tensor(t)
-    )
-
-
-def has_zero_stride(t: Tensor) -> bool:
-    """Whether several elements of ``t`` certainly share memory (an expanded tensor)."""
-    return any(st == 0 and n > 1 for n, st in zip(t.shape, t.stride()))
-
-
-def broadcast_error(dst: Sequence[int], src: Sequence[int]) -> bool:
-    """Whether a source of shape ``src`` does not broadcast to the shape ``dst``."""
-    if len(src) > len(dst):
-        return True
-    return any(s not in (1, d) for d, s in zip(reversed(dst), reversed(src)))
-
-
-def check_copy(op: str, index: int | None, dst: Any, src: Any) -> None:
-    """Raise what ``dst.copy_(src)`` would raise, as far as it can be known beforehand."""
-    name, d, s = _describe(op, index)
-    for arg, value in ((d, dst), (s, src)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a Tensor as {arg}, got {type(value).__name__}")
-    if src.device.type == "meta" and dst.device.type != "meta":
-        raise NotImplementedError(
-            f"{name}: Cannot copy out of meta tensor; no data! {s} is on the meta device; "
-            "load its values first"
-        )
-    plain = is_plain(dst) and is_plain(src)
-    if (plain or (_has_shape(dst) and _has_shape(src))) and broadcast_error(dst.shape, src.shape):
-        raise RuntimeError(
-            f"{name}: {s} of shape {tuple(src.shape)} does not broadcast to {d} of shape "
-            f"{tuple(dst.shape)}"
-        )
-    if not plain:
-        _check_inplace(f"{name}: {d}", dst, dst.requires_grad or src.requires_grad)
-        return  # torch judges the rest itself
-    if dst.numel() and has_zero_stride(dst):
-        raise RuntimeError(
-            f"{name}: unsupported operation: more than one element of {d} refers to a single "
-            f"memory location (shape {tuple(dst.shape)}, stride {dst.stride()}). Please clone() "
-            "the tensor before performing the operation."
-        )
-    for arg, tensor in ((d, dst), (s, src)):
-        if tensor.numel() and tensor.data_ptr() == 0:
-            raise RuntimeError(
-                f"{name}: {arg} has a shape but no memory (its storage was resized to 0, as FSDP does): "
-                "gather it first"
-            )
-    if _overlap_partially(dst, src):
-        raise RuntimeError(
-            f"{name}: unsupported operation: some elements of {s} and {d} refer to a single "
-            "memory location. Please clone() the tensor before performing the operation."
-        )
-    error = conversion_error(dst.dtype, src.dtype)
-    if error is not None:
-        raise type(error)(f"{name}: cannot copy {src.dtype} into {d} of {dst.dtype}: {error}")
-    _check_inplace(
-        f"{name}: {d}", dst, dst.requires_grad or src.requires_grad or dst._base is not None
-    )
-
-
-def check_fill(op: str, index: int | None, dst: Any, value: Any) -> None:
-    """Raise what ``dst.fill_(value)`` would raise, as far as it can be known beforehand."""
-    name, d, _ = _describe(op, index)
-    v = "value" if index is None else f"values[{index}]"
-    if not isinstance(dst, Tensor):
-        raise TypeError(f"{name}: expected a Tensor as {d}, got {type(dst).__name__}")
-    if isinstance(value, Tensor):
-        if value.dim() != 0:
-            raise RuntimeError(
-                f"{name}: fill_ only supports 0-dimension value tensor but got {v} with "
-                f"{value.dim()} dimensions"
-            )
-        if value.device.type == "meta" and dst.device.type != "meta":
-            raise NotImplementedError(f"{name}: {v} is on the meta device; no data to fill with")
-    elif not isinstance(value, (int, float, complex)) and not hasattr(value, "__float__"):
-        raise TypeError(
-            f"{name}: expected a number or a 0-dim tensor as {v}, got {type(value).__name__}"
-        )
-    if not is_plain(dst):
-        if not isinstance(value, Tensor) and not dst.is_quantized:
-            element_of(value, dst)
-        _check_inplace(f"{name}: {d}", dst, dst.requires_grad)
-        return
-    if not isinstance(value, Tensor):
-        element_of(value, dst)
-    else:
-        error = conversion_error(dst.dtype, value.dtype)
-        if error is not None:
-            raise type(error)(
-                f"{name}: cannot fill {d} of {dst.dtype} from {v} of {value.dtype}: {error}"
-            )
-    _check_inplace(f"{name}: {d}", dst, dst.requires_grad or dst._base is not None)
-
-
-def element_of(value: Any, dst: Tensor) -> Tensor:
-    """``value`` as a tensor of shape () and ``dst``'s dtype, or what ``dst.fill_(value)`` raises.
-
-    torch converts numbers for one element by another way than for many: the limits differ for float8
-    and complex32, so as many elements as tell the difference are filled.
-    """
-    few = torch.empty(min(dst.numel(), 2) if _has_shape(dst) else 2, dtype=dst.dtype).fill_(value)
-    return few[0] if few.numel() else torch.empty((), dtype=dst.dtype)
-
-
-def tensor_list(op: str, what: str, values: Any) -> Sequence[Any]:
-    """``values`` as a list or tuple of tensors, or the TypeError that names it."""
-    if not isinstance(values, (list, tuple)):
-        raise TypeError(
-            f"{op}: expected a list or tuple of tensors as {what}, got {type(values).__name__}"
-        )
-    return values
 
 
 # --- operators -------------------------------------------------------------------------------
@@ -387,7 +188,7 @@ class Plan:
                 check_copy("apply", i, dst, src)
         else:
             for i, dst in enumerate(self._dsts):
-                _check_inplace(f"apply: dsts[{i}]", dst, False)
+                check_inplace(f"apply: dsts[{i}]", dst, False)
             pairs = [self._views(i, detach=True) for i in range(n)]
         total = sum(d.nbytes for d, _ in pairs)
         done = reported = 0

@@ -1,0 +1,176 @@
+"""What can be written: the tensors of a model or mapping, one for each memory, and whether they can be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .errors import Finding, PlanError
+from .sources import module_tensors
+
+__all__ = ["Destination", "Place", "destinations_of", "is_lazy", "layout_finding", "memory_key"]
+
+Path = tuple[tuple[nn.Module, str, nn.Module], ...]
+
+
+class Place(NamedTuple):
+    """Where a module holds a tensor: `owner`'s attribute `key`, and how to get there from the root."""
+
+    owner: nn.Module
+    key: str
+    path: Path
+
+
+@dataclass(slots=True)
+class Destination:
+    """A tensor that can be written.
+
+    Attributes:
+        name: its first name in the model.
+        tensor: the parameter, buffer or mapping value itself.
+        owner: the module that holds it, None for a mapping.
+        key: the attribute's name in the owner, or the mapping's key.
+        kind: "parameter", "buffer" or "tensor".
+        path: (parent, child key, child) from the root to the owner.
+        aliases: further names of the same memory (tied weights).
+        alias_places: where each alias is held, in the order of `aliases`; empty for a mapping.
+    """
+
+    name: str
+    tensor: Tensor
+    owner: nn.Module | None
+    key: str
+    kind: str
+    path: Path = ()
+    aliases: tuple[str, ...] = ()
+    alias_places: tuple[Place, ...] = ()
+
+
+def destinations_of(model: nn.Module | Mapping[str, Tensor]) -> list[Destination]:
+    """The tensors of a model, one for each memory, with all their names.
+
+    Args:
+        model: a module or a mapping from names to tensors.
+
+    Raises:
+        TypeError: another type.
+        PlanError: a mapping with values that are no tensors.
+
+    Example:
+        >>> tied = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+        >>> tied[1].weight = tied[0].weight
+        >>> [(d.name, d.aliases) for d in destinations_of(tied)][0]
+        ('0.weight', ('1.weight',))
+    """
+    if isinstance(model, nn.Module):
+        found = [
+            Destination(name, tensor, owner, key, kind, path)
+            for name, tensor, owner, key, kind, path in module_tensors(model)
+        ]
+    elif isinstance(model, Mapping):
+        wrong = [
+            Finding(str(n), "type", type(t).__name__, "a tensor")
+            for n, t in model.items()
+            if not (isinstance(n, str) and isinstance(t, Tensor))
+        ]
+        if wrong:
+            raise PlanError(
+                f"model: {len(wrong)} entries are not named tensors; nothing was written.", wrong
+            )
+        found = [Destination(name, tensor, None, name, "tensor") for name, tensor in model.items()]
+    else:
+        raise TypeError(
+            f"model must be an nn.Module or a mapping from names to tensors, got {type(model).__name__}"
+        )
+    by_memory: dict[object, Destination] = {}
+    for destination in found:
+        first = by_memory.setdefault(memory_key(destination.tensor), destination)
+        if first is not destination:
+            first.aliases += (destination.name,)
+            if destination.owner is not None:
+                first.alias_places += (Place(destination.owner, destination.key, destination.path),)
+    return list(by_memory.values())
+
+
+def memory_key(tensor: Tensor) -> object:
+    """A key that is equal for tensors which are the very same memory, seen the same way.
+
+    Two tensor objects may be one memory: a state dict detaches, so tied weights are two objects in it.
+    """
+    if tensor.layout is not torch.strided or tensor.is_meta or is_lazy(tensor):
+        return id(tensor)
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError:  # a subclass without storage of its own
+        return id(tensor)
+    if address == 0 or tensor.numel() == 0:
+        return id(tensor)
+    return (
+        address,
+        tensor.dtype,
+        tensor.device,
+        tuple(tensor.shape),
+        tensor.stride(),
+        tensor.is_conj(),
+        tensor.is_neg(),
+    )
+
+
+def is_lazy(tensor: Tensor) -> bool:
+    return isinstance(
+        tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)
+    )
+
+
+def layout_finding(name: str, tensor: Tensor, destination: bool) -> Finding | None:
+    """Why a tensor cannot take part in a write, or None."""
+    if is_lazy(tensor):
+        return Finding(
+            name,
+            "meta",
+            "an uninitialized lazy parameter",
+            "a tensor with memory",
+            "run the module once first",
+        )
+    if tensor.is_meta:
+        what = "destination" if destination else "source"
+        hint = (
+            "module.to_empty(device=...) gives it memory"
+            if destination
+            else "load the values first"
+        )
+        return Finding(
+            name, "meta", f"a meta {what}, which has no memory", "a tensor with memory", hint
+        )
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        return Finding(
+            name,
+            "layout",
+            f"a {kind} tensor",
+            "a dense, strided tensor",
+            "convert it with to_dense()",
+        )
+    if tensor.numel() and tensor.device.type == "cpu" and tensor.data_ptr() == 0:
+        return Finding(
+            name,
+            "layout",
+            "a tensor with a shape but no memory",
+            "a tensor with memory",
+            "its storage was freed, as FSDP does: gather it first",
+        )
+    if destination and any(
+        n > 1 and st == 0 for n, st in zip(tensor.shape, tensor.stride(), strict=True)
+    ):
+        return Finding(
+            name,
+            "expanded",
+            f"shape {tuple(tensor.shape)} with strides {tensor.stride()}: several elements share memory",
+            "a destination with one place for each element",
+            "make it contiguous() first",
+        )
+    return None
