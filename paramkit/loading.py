@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.overrides import TorchFunctionMode
 
 from . import backend
 from .backend import checks
+from .destinations import is_lazy
 from .sources import module_tensors
 
 __all__ = ["load_state_dict"]
@@ -51,14 +54,31 @@ def load_state_dict(
         raise TypeError(f"load_state_dict: model must be an nn.Module, got {type(model).__name__}")
     if assign:
         return _load_assigned(model, state_dict, strict)
-    own_way = type(model).load_state_dict is not nn.Module.load_state_dict
+    own_way = (
+        "load_state_dict" in vars(model)
+        or type(model).load_state_dict is not nn.Module.load_state_dict
+    )
     if own_way or torch.__future__.get_swap_module_params_on_conversion():
         return _load_with_rollback(model, state_dict, strict)
-    if backend.active().load_state_dict(model, state_dict):
+    if type(state_dict) in (dict, OrderedDict) and backend.active().load_state_dict(
+        model, state_dict
+    ):
         return _IncompatibleKeys([], [])
-    if any(m._load_state_dict_post_hooks for m in model.modules()):
-        return _load_with_rollback(model, state_dict, strict)
-    return _load_recorded(model, state_dict, strict)
+    if all(_is_standard(module) for module in model.modules()):
+        return _load_recorded(model, state_dict, strict)
+    return _load_with_rollback(model, state_dict, strict)
+
+
+def _is_standard(module: nn.Module) -> bool:
+    """Whether nothing but torch's own copies happens when this module is loaded."""
+    load = type(module)._load_from_state_dict
+    return (
+        load in (nn.Module._load_from_state_dict, _NormBase._load_from_state_dict)
+        and "_load_from_state_dict" not in vars(module)
+        and type(module).set_extra_state is nn.Module.set_extra_state
+        and not module._load_state_dict_pre_hooks
+        and not module._load_state_dict_post_hooks
+    )
 
 
 class _Recorder(TorchFunctionMode):
@@ -99,29 +119,42 @@ def _load_with_rollback(
 ) -> _IncompatibleKeys:
     """torch's own loading as it is, undone on an error.
 
-    For models with hooks that run after loading: they look at what was loaded, and they decide what is
-    an error. Costs a copy of the model while it runs.
+    For models with hooks or modules that load in a way of their own: they look at what was loaded,
+    change it, and decide what is an error. Costs a copy of the model while it runs.
     """
-    tensors = {id(t): t for _, t, *_ in module_tensors(model) if not t.is_meta}
+    tensors = {id(t): t for m in model.modules() for t in _tensors(m) if not t.is_meta}
     saved = [(t, t.detach().clone()) for t in tensors.values()]
-    try:
-        with _meta_is_an_error():
-            return model.load_state_dict(state_dict, strict=strict)
-    except BaseException:
-        with torch.no_grad():
-            for tensor, before in saved:
-                tensor.copy_(before)
-        raise
+    with _restored_on_error(model):
+        try:
+            with _meta_is_an_error():
+                return model.load_state_dict(state_dict, strict=strict)
+        except BaseException:
+            with torch.no_grad():
+                for tensor, before in saved:
+                    tensor.copy_(before)
+            raise
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    held = (*module._parameters.values(), *module._buffers.values())
+    return [t for t in held if t is not None and not is_lazy(t)]
 
 
 def _load_assigned(
     model: nn.Module, state_dict: Mapping[str, Any], strict: bool
 ) -> _IncompatibleKeys:
-    """torch's own assignment, undone on an error: the model gets its own tensors back."""
+    """torch's own assignment, undone on an error."""
+    with _restored_on_error(model):
+        return model.load_state_dict(state_dict, strict=strict, assign=True)
+
+
+@contextmanager
+def _restored_on_error(model: nn.Module) -> Iterator[None]:
+    """On an error every module of the model gets the tensor objects back that it held before."""
     tables = [t for m in model.modules() for t in (m._parameters, m._buffers)]
     saved = [dict(table) for table in tables]
     try:
-        return model.load_state_dict(state_dict, strict=strict, assign=True)
+        yield
     except BaseException:
         for table, before in zip(tables, saved, strict=True):
             table.clear()
@@ -137,6 +170,8 @@ def _meta_is_an_error() -> Iterator[None]:
         try:
             yield
         except UserWarning as warning:
+            if "meta parameter" not in str(warning):
+                raise
             raise RuntimeError(
                 f"load_state_dict: {warning} Nothing was written; pass assign=True, or give the model "
                 "memory first with model.to_empty(device=...)."

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
@@ -88,12 +89,17 @@ def plan(
             )
         return _ListPlan(model, source)
     options = {
-        "rules": tuple(rules),
+        "rules": _kept(rules),
         "identity": identity,
-        "allow_missing": tuple(allow_missing),
-        "allow_unexpected": tuple(allow_unexpected),
+        "allow_missing": _kept(allow_missing),
+        "allow_unexpected": _kept(allow_unexpected),
     }
     return _ModelPlan(model, source, options)
+
+
+def _kept(argument: Any) -> Any:
+    """An iterable as a tuple, to be read again; what is no list of things is left for resolve() to refuse."""
+    return argument if isinstance(argument, (str, Rule)) else tuple(argument)
 
 
 class Plan:
@@ -211,6 +217,8 @@ class Plan:
                 in a name, shape or dtype. Nothing was written.
             RuntimeError: a plan of lists, where `Tensor.copy_` would raise (a leaf that requires grad).
         """
+        if progress is not None and not callable(progress):
+            raise TypeError(f"apply: progress must be callable, got {type(progress).__name__}")
         self._enter()
         try:
             return self._apply(source, progress)
@@ -219,7 +227,11 @@ class Plan:
 
     def _apply(self, source: Any, progress: Progress | None) -> Report:
         compiled = self._ready()
+        self._check_alive()
         if source is not None:
+            # Judged before the source is taken: a refused call changes nothing.
+            if compiled.moved()[0] or compiled.replaced() or self._replaced_in_table():
+                raise self._stale()
             self._rebind(source)
             compiled = self._compiled
         if self._inference and not torch.is_inference_mode_enabled():
@@ -295,10 +307,31 @@ class Plan:
         >>> model.weight.requires_grad
         False
         """
-        for tensor in self._ready().destinations():
-            if isinstance(tensor, nn.Parameter) or not self._in_module:
-                if tensor.is_floating_point() or tensor.is_complex():
-                    tensor.requires_grad_(requires_grad)
+        for tensor in self._trainable(requires_grad):
+            tensor.requires_grad_(requires_grad)
+
+    def _trainable(self, requires_grad: bool) -> list[Tensor]:
+        """What `set_requires_grad` sets; raises where it cannot be."""
+        if not isinstance(requires_grad, bool):
+            raise TypeError(f"requires_grad must be True or False, got {requires_grad!r}")
+        named = zip(self._dst_names, self._ready().destinations(), strict=True)
+        chosen = {
+            name: tensor
+            for name, tensor in named
+            if (isinstance(tensor, nn.Parameter) or not self._in_module)
+            and (tensor.is_floating_point() or tensor.is_complex())
+        }
+        inner = [
+            Finding(n, "requires_grad", "not a leaf", "a leaf")
+            for n, t in chosen.items()
+            if not t.is_leaf
+        ]
+        if inner and not requires_grad:
+            raise PlanError("requires_grad can only be set on leaves; nothing was written.", inner)
+        return list(chosen.values())
+
+    def _check_alive(self) -> None:
+        """Raise if the model that this plan writes to is gone."""
 
     def _enter(self) -> None:
         """One call at a time: the GIL is given up while a long plan runs."""
@@ -381,12 +414,15 @@ class _ModelPlan(Plan):
         self._options = options
         self._source: Mapping[str, Tensor] | None = None
         self._resolved = Resolved()
-        self._build(source)
+        self._build(open_source(source))
+
+    def _check_alive(self) -> None:
+        if self._model() is None:
+            raise PlanError("the model of this plan no longer exists; nothing was written.")
 
     def _build(self, source: Any) -> None:
+        self._check_alive()
         model = self._model()
-        if model is None:
-            raise PlanError("the model of this plan no longer exists; make a new plan.")
         if source is None and self._source is None:
             raise PlanError("this plan was released, its source with it; give refresh() a source.")
         tensors = open_source(self._source if source is None else source)
@@ -401,7 +437,8 @@ class _ModelPlan(Plan):
         return replace(self._resolved, source_tensors=self._compiled.sources())
 
     def _rebind(self, source: Any) -> None:
-        tensors = source if isinstance(source, dict) else open_source(source)
+        plain = type(source) in (dict, OrderedDict)
+        tensors = dict(source) if plain else open_source(source)
         assert self._source is not None
         if tensors.keys() == self._source.keys() and not self._compiled.rebind(
             tensors, self._src_names

@@ -75,7 +75,7 @@ def open_source(source: object) -> dict[str, Tensor]:
 
 
 def module_tensors(
-    module: nn.Module, *, persistent_only: bool = True
+    module: nn.Module,
 ) -> Iterator[
     tuple[str, Tensor, nn.Module, str, str, tuple[tuple[nn.Module, str, nn.Module], ...]]
 ]:
@@ -83,10 +83,6 @@ def module_tensors(
 
     Walks the modules itself, so that no hook runs and nothing is detached. A module or a parameter
     that is reachable under several names is given under each of them.
-
-    Args:
-        module: the root.
-        persistent_only: leave out buffers that are no part of the state dict.
 
     Yields:
         (name, tensor, owner, key, "parameter" or "buffer", path), where path holds
@@ -99,7 +95,7 @@ def module_tensors(
         for key, parameter in owner._parameters.items():
             if parameter is not None:
                 yield prefix + key, parameter, owner, key, "parameter", path
-        transient = owner._non_persistent_buffers_set if persistent_only else ()
+        transient = owner._non_persistent_buffers_set
         for key, buffer in owner._buffers.items():
             if buffer is not None and key not in transient:
                 yield prefix + key, buffer, owner, key, "buffer", path

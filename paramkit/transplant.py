@@ -62,6 +62,8 @@ def transplant(
         allow_missing=allow_missing,
         allow_unexpected=allow_unexpected,
     )
+    if requires_grad is not None:
+        made._trainable(requires_grad)  # raises before anything is written
     report = made.apply(progress=progress)
     if requires_grad is not None:
         made.set_requires_grad(requires_grad)

@@ -287,4 +287,4 @@ def test_the_demo_names_what_is_missing(
     monkeypatch.setitem(sys.modules, "paramkit.demo", Missing())  # type: ignore[arg-type]
     monkeypatch.setattr(paramkit, "demo", Missing(), raising=False)
     assert cli.main(["demo"]) == 1
-    assert 'pip install "paramkit[demo]"' in capsys.readouterr().err
+    assert "make demo" in capsys.readouterr().err

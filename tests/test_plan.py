@@ -201,7 +201,8 @@ def test_numbers_keep_their_sign_and_their_type() -> None:
 
 
 def test_nothing_to_do() -> None:
-    for plan in (paramkit.plan([], []), paramkit.plan({}, {}), paramkit.plan(nn.Module(), {})):
+    empty = nn.Module()
+    for plan in (paramkit.plan([], []), paramkit.plan({}, {}), paramkit.plan(empty, {})):
         report = plan.apply()
         assert report.summary.writes == 0
         assert plan.verify() == []

@@ -61,7 +61,14 @@ void in_context(const Batch::Place& place, std::string (*what)(const Batch::Plac
   } catch (c10::Error& error) {
     error.add_context(std::string("in paramkit.") + place.op + ", " + what(place));
     throw;
+  } catch (const std::runtime_error& error) {  // c10's overflow of a number
+    TORCH_CHECK(false, place.op, ": ", what(place), ": ", error.what());
   }
+}
+
+void check_memory(const Batch::Place& place, std::string (*name)(const Batch::Place&), const at::TensorImpl& impl) {
+  TORCH_CHECK(has_memory(impl), place.op, ": ", name(place),
+              " has a shape but no memory (its storage was resized, as FSDP does): gather it first");
 }
 
 // Whether any task writes memory that another task reads or writes.
@@ -164,6 +171,14 @@ void Batch::check_native(Place place, const at::Tensor& dst, const at::Tensor& s
   in_context(place, dst_name, [&] { records(dst, src.unsafeGetTensorImpl()); });
 }
 
+void Batch::check_native_fill(Place place, const at::Tensor& dst, const at::Tensor& value) const {
+  TORCH_CHECK(value.dim() == 0, place.op, ": fill_ only supports 0-dimension value tensor but got ", value_name(place),
+              " with ", value.dim(), " dimensions");
+  TORCH_CHECK_NOT_IMPLEMENTED(!value.is_meta() || dst.is_meta(), place.op, ": ", value_name(place),
+                              " is on the meta device: no data to fill with");
+  in_context(place, dst_name, [&] { records(dst, value.unsafeGetTensorImpl()); });
+}
+
 void Batch::check_native(Place place, const at::Tensor& dst, const c10::Scalar& value) const {
   in_context(place, fill_name, [&] {
     char bytes[16];
@@ -189,12 +204,12 @@ void Batch::defer_fill(const at::Tensor& dst, const c10::Scalar& value) {
   deferred_.push_back({program_.tasks.size(), dst, {}, value, true, false, {}});
 }
 
-void Batch::defer(std::function<void()> write) {
+void Batch::defer(std::function<void(bool)> write) {
   deferred_.push_back({program_.tasks.size(), {}, {}, {}, false, false, std::move(write)});
 }
 
 void Batch::Deferred::write(bool non_blocking) const {
-  if (call) return call();
+  if (call) return call(non_blocking);
   if (raw) {
     const at::AutoDispatchBelowADInplaceOrView below;
     dst.copy_(src, non_blocking);
@@ -225,7 +240,7 @@ void Batch::copy(Place place, const at::Tensor& dst, const at::Tensor& src) {
     const int64_t bytes = to.numel() * width;
     char* d = data(to);
     const char* s = data(from);
-    if (bytes > 0 && d != nullptr && s != nullptr && !(d < s + bytes && s < d + bytes) &&
+    if (bytes > 0 && has_memory(to) && has_memory(from) && !(d < s + bytes && s < d + bytes) &&
         conversion_known(type, type)) {
       bumps_.push_back(dst.unsafeGetTensorImpl());
       return program_.add_contiguous(d, s, bytes, width);
@@ -249,9 +264,8 @@ void Batch::copy_strided(Place place, const at::Tensor& dst, const at::Tensor& s
                   "). Please clone() the tensor before performing the operation.");
     }
   }
-  TORCH_CHECK(!written || (data(to) != nullptr && (from.numel() == 0 || data(from) != nullptr)), place.op, ": ",
-              data(to) == nullptr ? dst_name(place) : src_name(place),
-              " has a shape but no memory (its storage was resized to 0, as FSDP does): gather it first");
+  check_memory(place, dst_name, to);
+  check_memory(place, src_name, from);
   const bool meets = written && range(to).meets(range(from));
   if (meets) {
     TORCH_CHECK(&to == &from || at::get_overlap_status(&to, &from) != at::MemOverlapStatus::Partial, place.op,
@@ -296,8 +310,7 @@ void Batch::fill(Place place, const at::Tensor& dst, Number& number) {
   }
   check_version(place, how);
   const bool written = to.numel() > 0;
-  TORCH_CHECK(!written || data(to) != nullptr, place.op, ": ", dst_name(place),
-              " has a shape but no memory (its storage was resized to 0, as FSDP does): gather it first");
+  check_memory(place, dst_name, to);
   const char* bytes = nullptr;
   bool recorded = false;
   in_context(place, fill_name, [&] {
@@ -313,16 +326,12 @@ void Batch::fill(Place place, const at::Tensor& dst, Number& number) {
 }
 
 void Batch::fill(Place place, const at::Tensor& dst, const at::Tensor& value) {
-  TORCH_CHECK(value.dim() == 0, place.op, ": fill_ only supports 0-dimension value tensor but got ", value_name(place),
-              " with ", value.dim(), " dimensions");
   const bool same_memory = dst.has_storage() && value.has_storage() && dst.is_alias_of(value);
-  if (!same_memory && access(*dst.unsafeGetTensorImpl()) != Access::Native &&
-      access(*value.unsafeGetTensorImpl()) != Access::Native && at::has_internal_overlap(dst) != at::MemOverlap::Yes) {
-    return copy(place, dst, value);
-  }
-  TORCH_CHECK_NOT_IMPLEMENTED(!value.is_meta() || dst.is_meta(), place.op, ": ", value_name(place),
-                              " is on the meta device: no data to fill with");
-  in_context(place, dst_name, [&] { records(dst, value.unsafeGetTensorImpl()); });
+  const bool plain = access(*dst.unsafeGetTensorImpl()) != Access::Native &&
+                     access(*value.unsafeGetTensorImpl()) != Access::Native &&
+                     at::has_internal_overlap(dst) != at::MemOverlap::Yes;
+  if (plain && !same_memory && value.dim() == 0) return copy(place, dst, value);
+  check_native_fill(place, dst, value);
   deferred_.push_back({program_.tasks.size(), dst, value, {}, true, false, {}});
 }
 

@@ -51,10 +51,11 @@ class Batch {
   // Check what can be known of a write that torch's own copy_ or fill_ will do.
   void check_native(Place place, const at::Tensor& dst, const at::Tensor& src) const;
   void check_native(Place place, const at::Tensor& dst, const c10::Scalar& value) const;
+  void check_native_fill(Place place, const at::Tensor& dst, const at::Tensor& value) const;
 
   // Record a write that only Python can do (a subclass with __torch_function__): calls `write` in its
   // turn.
-  void defer(std::function<void()> write);
+  void defer(std::function<void(bool non_blocking)> write);
 
   // Whether other Python code may run during run(), because the GIL is given up or a write is Python's:
   // then the caller has to hold references of its own to the sources.
@@ -72,8 +73,8 @@ class Batch {
     at::Tensor dst, src;
     std::optional<c10::Scalar> value;  // fill_ with a number
     bool fill;
-    bool raw;                    // below autograd, the version bumped by us
-    std::function<void()> call;  // instead of all that
+    bool raw;                        // below autograd, the version bumped by us
+    std::function<void(bool)> call;  // instead of all that
 
     void write(bool non_blocking) const;
   };

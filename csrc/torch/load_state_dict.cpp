@@ -85,6 +85,18 @@ class Loader {
 
   // False: something here is not standard, or not in the state dict.
   bool visit(PyObject* module, PyObject* prefix) {
+    // A module that contains itself: torch says what it thinks of that.
+    constexpr int kDeepest = 500;
+    if (++depth_ > kDeepest) return false;
+    const bool standard = visit_module(module, prefix);
+    --depth_;
+    return standard;
+  }
+
+  Py_ssize_t loaded() const { return loaded_; }
+
+ private:
+  bool visit_module(PyObject* module, PyObject* prefix) {
     if (!standard_class(Py_TYPE(module))) return false;
     const auto instance = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr));
     if (!instance) throw python_error();
@@ -105,9 +117,6 @@ class Loader {
            visit_children(modules, prefix);
   }
 
-  Py_ssize_t loaded() const { return loaded_; }
-
- private:
   static py::object join(PyObject* prefix, PyObject* name) {
     PyObject* joined = prefix == nullptr ? Py_NewRef(name) : PyUnicode_Concat(prefix, name);
     if (joined == nullptr) throw python_error();
@@ -152,9 +161,15 @@ class Loader {
   Batch& batch_;
   PyObject* state_dict_;
   Py_ssize_t loaded_ = 0;
+  int depth_ = 0;
 };
 
 }  // namespace
+
+void prepare_load_state_dict() {
+  (void)names();
+  (void)standard();
+}
 
 bool load_state_dict(PyObject* model, PyObject* state_dict) {
   if (!PyDict_Check(state_dict)) return false;

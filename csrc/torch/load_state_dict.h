@@ -9,4 +9,7 @@ namespace paramkit {
 // left to torch's own Module.load_state_dict, which knows about hooks and says what is wrong.
 bool load_state_dict(PyObject* model, PyObject* state_dict);
 
+// Looks up torch's own implementations, at import.
+void prepare_load_state_dict();
+
 }  // namespace paramkit

@@ -6,6 +6,7 @@
 #include "core/task.h"
 #include "cpu/capability.h"
 #include "torch/batch.h"
+#include "torch/load_state_dict.h"
 #include "torch/plan.h"
 #include "torch/python_ops.h"
 
@@ -62,6 +63,8 @@ py::dict routes() {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("NAME") = "cpu";
+  Plan::prepare();
+  paramkit::prepare_load_state_dict();
   if (PyModule_AddFunctions(m.ptr(), paramkit::kOperators) != 0) throw py::error_already_set();
   m.def("capability", [] { return std::string(paramkit::cpu::active().name); });
   m.def("capabilities", &capabilities);

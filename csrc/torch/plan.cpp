@@ -75,6 +75,8 @@ constexpr int64_t kProgressBytes = 32 << 20;
 
 }  // namespace
 
+void Plan::prepare() { orphan_counts(false); }
+
 Plan::Plan(std::vector<at::Tensor> dsts, std::vector<at::Tensor> srcs, std::vector<Write> writes,
            std::vector<Slot> slots, bool follow_autograd, bool ordered)
     : dsts_(std::move(dsts)),
@@ -132,6 +134,7 @@ Plan::Snapshot Plan::snapshot(const at::Tensor& tensor, bool with_owner) {
   result.layout = static_cast<uint32_t>(layouts_.size());
   result.keys = impl->key_set();
   result.dtype = impl->dtype();
+  result.plain = access(*impl) != Access::Native;
   if (impl->layout() != c10::kStrided || !impl->has_storage()) return result;
   result.storage = impl->unsafe_storage().unsafeGetStorageImpl();
   result.begin = static_cast<const char*>(result.storage->data());
@@ -154,7 +157,7 @@ inline bool Plan::intact(const Snapshot& was) const {
   if (impl.key_set() != was.keys || impl.dtype() != was.dtype) return false;
   if (was.storage == nullptr) return true;  // not strided: torch's own copy_ judges it
   if (impl.unsafe_storage().unsafeGetStorageImpl() != was.storage || was.storage->data() != was.begin ||
-      impl.storage_offset() != was.offset) {
+      impl.storage_offset() != was.offset || (was.plain && c10::impl::cow::is_cow_data_ptr(was.storage->data_ptr()))) {
     return false;
   }
   const auto sizes = impl.sizes(), strides = impl.strides();
@@ -293,6 +296,11 @@ bool Plan::run(const py::object& progress) {
   TORCH_CHECK(!inference_ || c10::InferenceMode::is_enabled(),
               "apply: a destination is an inference tensor. Inplace update to inference tensor outside InferenceMode "
               "is not allowed: write inside torch.inference_mode()");
+  if (!plain_context()) {  // a mode or a tracer: it has to see every write
+    for (size_t w = 0; w < writes_.size(); ++w) copy_native(w);
+    routes()[kFamilies] += static_cast<int64_t>(writes_.size());
+    return true;
+  }
   for (const Snapshot& dst : dst_snapshots_) dst.impl->bump_version();
   for (int f = 0; f < kFamilies; ++f) routes()[static_cast<size_t>(f)] += program_.families[f];
   routes()[kFamilies] += static_cast<int64_t>(native_.size());

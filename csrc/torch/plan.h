@@ -16,6 +16,10 @@ namespace paramkit {
 
 class Plan {
  public:
+  // Measures what plans compare with, at import: it runs Python code, which no guard of a static
+  // variable may wait for.
+  static void prepare();
+
   // One write: views of dsts[dst] and srcs[src] of the same sizes, strides and offsets in elements,
   // relative to the tensor's first element.
   struct Write {
@@ -74,6 +78,7 @@ class Plan {
     int64_t offset;
     c10::DispatchKeySet keys;  // among them the conjugate and the negative bit
     caffe2::TypeMeta dtype;
+    bool plain;       // the kernels touch its memory: it may not become copy-on-write
     uint32_t layout;  // sizes, then strides, in layouts_
     uint32_t rank;
     // Destinations of lists only: the tensor's Python object, and the same of a view's base.

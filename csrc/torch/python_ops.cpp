@@ -5,7 +5,8 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <memory>
+#include <algorithm>
+#include <cstring>
 
 #include "torch/batch.h"
 #include "torch/load_state_dict.h"
@@ -28,18 +29,49 @@ PyObject* native(const char* function, PyObject* const* args, Py_ssize_t n) {
 
 std::string type_name(PyObject* object) { return Py_TYPE(object)->tp_name; }
 
-// A list or tuple of the caller's.
+// Whether looking at an entry runs no Python code: an exact tensor, or a number of Python's own.
+bool is_simple(PyObject* object) {
+  return THPVariable_CheckExact(object) || PyFloat_CheckExact(object) || PyLong_CheckExact(object) ||
+         PyBool_Check(object) || PyComplex_CheckExact(object);
+}
+
+// A list or tuple of the caller's. Where parsing an entry may run Python code, which may change the
+// list, its entries are held.
 struct Items {
   PyObject** data;
   Py_ssize_t size;
+  py::object held;
 
   Items(PyObject* sequence, const char* op, const char* name) {
     TORCH_CHECK_TYPE(PyList_Check(sequence) || PyTuple_Check(sequence), op, ": expected a list or tuple of tensors as ",
                      name, ", got ", type_name(sequence));
+    set(sequence);
+  }
+
+  bool simple() const { return std::all_of(data, data + size, is_simple); }
+
+  void hold() {
+    if (held) return;
+    PyObject* copy = PyTuple_New(size);
+    if (copy == nullptr) throw python_error();
+    held = py::reinterpret_steal<py::object>(copy);
+    for (Py_ssize_t i = 0; i < size; ++i) PyTuple_SET_ITEM(copy, i, Py_NewRef(data[i]));
+    set(copy);
+  }
+
+ private:
+  void set(PyObject* sequence) {
     data = PySequence_Fast_ITEMS(sequence);
     size = PySequence_Fast_GET_SIZE(sequence);
   }
 };
+
+// Parsing one list may run code that changes the other.
+void hold_unless_simple(Items& first, Items& second) {
+  if (first.simple() && second.simple()) return;
+  first.hold();
+  second.hold();
+}
 
 bool is_tensor(PyObject* object) { return THPVariable_CheckExact(object) || THPVariable_Check(object); }
 
@@ -53,9 +85,9 @@ const at::Tensor& tensor(PyObject* object, const char* op, const char* list, con
 
 // A subclass may have a __torch_function__ of its own: Python's method, not the dispatcher's.
 void defer_method(Batch& batch, PyObject* dst, const char* method, PyObject* argument) {
-  batch.defer([d = py::reinterpret_borrow<py::object>(dst), a = py::reinterpret_borrow<py::object>(argument), method] {
-    d.attr(method)(a);
-  });
+  const bool copies = std::strcmp(method, "copy_") == 0;
+  batch.defer([d = py::reinterpret_borrow<py::object>(dst), a = py::reinterpret_borrow<py::object>(argument), method,
+               copies](bool non_blocking) { copies ? d.attr(method)(a, non_blocking) : d.attr(method)(a); });
 }
 
 void add_copy(Batch& batch, Batch::Place place, PyObject* dst, PyObject* src) {
@@ -108,7 +140,10 @@ void add_fill(Batch& batch, Batch::Place place, PyObject* dst, PyObject* value, 
               Batch::Number& number) {
   const at::Tensor& to = tensor(dst, place.op, "dsts", "dst", place.index);
   if (is_tensor(value)) {
-    if (!THPVariable_CheckExact(dst) || !THPVariable_CheckExact(value)) return defer_method(batch, dst, "fill_", value);
+    if (!THPVariable_CheckExact(dst) || !THPVariable_CheckExact(value)) {
+      batch.check_native_fill(place, to, THPVariable_Unpack(value));
+      return defer_method(batch, dst, "fill_", value);
+    }
     return batch.fill(place, to, THPVariable_Unpack(value));
   }
   if (value != seen) {
@@ -141,10 +176,11 @@ PyObject* copy_(PyObject*, PyObject* const* args, Py_ssize_t n) {
   HANDLE_TH_ERRORS
   check_arguments("copy_", n, 3);
   if (!plain_context()) return native("copy_", args, n);
+  const bool non_blocking = truth(args[2]);
   const Scratch batch;
   add_copy(*batch, {"copy_", -1}, args[0], args[1]);
   RECORD_FUNCTION("paramkit::copy_", std::vector<c10::IValue>());
-  batch->run(truth(args[2]));
+  batch->run(non_blocking);
   return Py_NewRef(args[0]);
   END_HANDLE_TH_ERRORS
 }
@@ -163,26 +199,22 @@ PyObject* fill_(PyObject*, PyObject* const* args, Py_ssize_t n) {
   END_HANDLE_TH_ERRORS
 }
 
-// Keeps the sources of a write during which other Python code may change the caller's list.
-py::object hold(const Batch& batch, PyObject* sources) {
-  if (!batch.runs_python() || !(PyList_Check(sources) || PyTuple_Check(sources))) return {};
-  return py::reinterpret_steal<py::object>(PySequence_Tuple(sources));
-}
-
 PyObject* foreach_copy_(PyObject*, PyObject* const* args, Py_ssize_t n) {
   HANDLE_TH_ERRORS
   constexpr const char* op = "foreach_copy_";
   check_arguments(op, n, 3);
   if (!plain_context()) return native(op, args, n);
-  const Items dsts(args[0], op, "dsts"), srcs(args[1], op, "srcs");
+  const bool non_blocking = truth(args[2]);
+  Items dsts(args[0], op, "dsts"), srcs(args[1], op, "srcs");
   TORCH_CHECK(dsts.size > 0 || srcs.size > 0, op, ": Tensor list must have at least one tensor.");
   TORCH_CHECK(dsts.size == srcs.size, op, ": Tensor lists must have the same number of tensors, got ", dsts.size,
               " dsts and ", srcs.size, " srcs");
+  hold_unless_simple(dsts, srcs);
   const Scratch batch;
   for (Py_ssize_t i = 0; i < dsts.size; ++i) add_copy(*batch, {op, i}, dsts.data[i], srcs.data[i]);
   RECORD_FUNCTION("paramkit::foreach_copy_", std::vector<c10::IValue>());
-  const py::object held = hold(*batch, args[1]);
-  batch->run(truth(args[2]));
+  if (batch->runs_python()) srcs.hold();
+  batch->run(non_blocking);
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
@@ -192,21 +224,24 @@ PyObject* foreach_fill_(PyObject*, PyObject* const* args, Py_ssize_t n) {
   constexpr const char* op = "foreach_fill_";
   check_arguments(op, n, 2);
   if (!plain_context()) return native(op, args, n);
-  const Items dsts(args[0], op, "dsts");
+  Items dsts(args[0], op, "dsts");
+  // One value for all is a list that repeats it.
   const bool one = !(PyList_Check(args[1]) || PyTuple_Check(args[1]));
-  const Py_ssize_t values = one ? dsts.size : PySequence_Fast_GET_SIZE(args[1]);
-  TORCH_CHECK(dsts.size > 0 || values > 0, op, ": Tensor list must have at least one tensor.");
-  TORCH_CHECK(dsts.size == values, op, ": expected one value, or one value a tensor: got ", dsts.size, " dsts and ",
-              values, " values");
+  const auto single = py::make_tuple(py::reinterpret_borrow<py::object>(args[1]));
+  Items values(one ? single.ptr() : args[1], op, "values");
+  const Py_ssize_t count = one ? dsts.size : values.size;
+  TORCH_CHECK(dsts.size > 0 || count > 0, op, ": Tensor list must have at least one tensor.");
+  TORCH_CHECK(dsts.size == count, op, ": expected one value, or one value a tensor: got ", dsts.size, " dsts and ",
+              count, " values");
+  hold_unless_simple(dsts, values);
   const Scratch batch;
-  PyObject* const* value = one ? &args[1] : PySequence_Fast_ITEMS(args[1]);
   PyObject* seen = nullptr;
   Batch::Number number;
   for (Py_ssize_t i = 0; i < dsts.size; ++i) {
-    add_fill(*batch, {op, i}, dsts.data[i], value[one ? 0 : i], seen, number);
+    add_fill(*batch, {op, i}, dsts.data[i], values.data[one ? 0 : i], seen, number);
   }
   RECORD_FUNCTION("paramkit::foreach_fill_", std::vector<c10::IValue>());
-  const py::object held = hold(*batch, args[1]);
+  if (batch->runs_python()) values.hold();
   batch->run(false);
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS

@@ -10,6 +10,10 @@
 
 namespace paramkit {
 
+// Whether the storage holds all that the tensor's shape and strides reach. It does not once it was
+// resized to 0, as FSDP does, whatever the offset.
+bool has_memory(const at::TensorImpl& impl);
+
 // How the kernels may treat a tensor.
 enum class Access : uint8_t {
   Plain,      // a dense strided CPU tensor: its memory may be read and written

@@ -48,7 +48,12 @@ def build(verbose: bool = True, force: bool = False) -> Path:
             f"{sources.PACKAGE_DIR}): reinstall paramkit from its wheel or its repository"
         )
     digest = sources.source_hash(csrc, str(torch.__version__))
-    cache = sources.cache_dir(torch.version)
+    try:
+        cache = sources.cache_dir(torch.version)
+    except RuntimeError as error:
+        raise BuildError(
+            f"there is no folder to build in ({error}): name one with TORCH_EXTENSIONS_DIR"
+        ) from None
     target = cache / digest
     try:
         with _locked(cache, say):

@@ -19,6 +19,7 @@ __all__ = [
     "check_inplace",
     "conversion_error",
     "element_of",
+    "has_no_memory",
     "has_zero_stride",
     "is_plain",
     "tensor_list",
@@ -113,6 +114,13 @@ def _has_shape(t: Tensor) -> bool:
     )
 
 
+def has_no_memory(tensor: Tensor) -> bool:
+    """Whether a strided tensor's storage was resized to 0, as FSDP does: a shape, but no memory."""
+    # The address is the storage's, null, plus the offset.
+    offset = tensor.storage_offset() * tensor.element_size()
+    return tensor.numel() > 0 and tensor.data_ptr() == offset
+
+
 def has_zero_stride(t: Tensor) -> bool:
     """Whether several elements of ``t`` certainly share memory (an expanded tensor)."""
     return any(st == 0 and n > 1 for n, st in zip(t.shape, t.stride()))
@@ -152,7 +160,7 @@ def check_copy(op: str, index: int | None, dst: Any, src: Any) -> None:
             "the tensor before performing the operation."
         )
     for arg, tensor in ((d, dst), (s, src)):
-        if tensor.numel() and tensor.data_ptr() == 0:
+        if has_no_memory(tensor):
             raise RuntimeError(
                 f"{name}: {arg} has a shape but no memory (its storage was resized to 0, as FSDP does): "
                 "gather it first"
@@ -190,11 +198,15 @@ def check_fill(op: str, index: int | None, dst: Any, value: Any) -> None:
         )
     if not is_plain(dst):
         if not isinstance(value, Tensor) and not dst.is_quantized:
-            element_of(value, dst)
+            _check_number(name, v, d, value, dst)
         check_inplace(f"{name}: {d}", dst, dst.requires_grad)
         return
+    if has_no_memory(dst):
+        raise RuntimeError(
+            f"{name}: {d} has a shape but no memory (its storage was resized, as FSDP does): gather it first"
+        )
     if not isinstance(value, Tensor):
-        element_of(value, dst)
+        _check_number(name, v, d, value, dst)
     else:
         error = conversion_error(dst.dtype, value.dtype)
         if error is not None:
@@ -202,6 +214,13 @@ def check_fill(op: str, index: int | None, dst: Any, value: Any) -> None:
                 f"{name}: cannot fill {d} of {dst.dtype} from {v} of {value.dtype}: {error}"
             )
     check_inplace(f"{name}: {d}", dst, dst.requires_grad or dst._base is not None)
+
+
+def _check_number(name: str, v: str, d: str, value: Any, dst: Tensor) -> None:
+    try:
+        element_of(value, dst)
+    except (RuntimeError, NotImplementedError, OverflowError) as error:
+        raise type(error)(f"{name}: {v} into {d} of {dst.dtype}: {error}") from None
 
 
 def element_of(value: Any, dst: Tensor) -> Tensor:

@@ -306,7 +306,10 @@ def _search() -> Extension:
             candidates.append((package / sources.BINARY_NAME, where))
 
     if digest:
-        folder = sources.cache_dir(torch.version) / digest
+        try:
+            folder = sources.cache_dir(torch.version) / digest
+        except RuntimeError:  # no home folder, as in some containers: no cache either
+            folder = package / "no-cache"
         binary = folder / sources.BINARY_NAME
         kept = sources.read_record(folder / sources.RECORD_NAME)
         # What was built before an install that asked for none is not used.

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from .checks import check_copy, check_fill, check_inplace, tensor_list
+from .checks import check_copy, check_fill, check_inplace, has_no_memory, tensor_list
 
 NAME = "native"
 _local = threading.local()
@@ -155,7 +156,7 @@ class Plan:
         if any(
             not isinstance(t, Tensor)
             or _layout(t) != _layout(old)
-            or (t.layout is torch.strided and t.numel() and t.data_ptr() == 0)
+            or (t.layout is torch.strided and has_no_memory(t))
             for t, old in zip(new, self._srcs)
         ):
             return True
@@ -181,7 +182,10 @@ class Plan:
         if self.replaced() or any(self.moved()):
             return False
         n = len(self._writes)
-        follow = self._follow_autograd and torch.is_grad_enabled()
+        # A forward-mode tangent is carried whatever the grad mode.
+        follow = self._follow_autograd and (
+            torch.is_grad_enabled() or forward_ad._current_level >= 0
+        )
         if follow:
             pairs = [self._views(i, detach=False) for i in range(n)]
             for i, (dst, src) in enumerate(pairs):

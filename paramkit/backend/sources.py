@@ -42,12 +42,6 @@ def csrc_dir() -> Path | None:
     return None
 
 
-def in_checkout() -> bool:
-    """Whether the package lies in a source tree, where sources may be newer than the binary."""
-    root = PACKAGE_DIR.parent
-    return (root / "csrc").is_dir() and (root / "setup.py").is_file()
-
-
 def cpp_sources(csrc: Path) -> list[Path]:
     """The files to compile, in a fixed order so that two builds are the same build."""
     return sorted(
