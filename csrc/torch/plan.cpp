@@ -87,10 +87,18 @@ Plan::Plan(std::vector<at::Tensor> dsts, std::vector<at::Tensor> srcs, std::vect
       ordered_(ordered),
       orphan_counts_{orphan_counts(false), orphan_counts(true)} {
   for (const at::Tensor& tensor : dsts_) {
-    dst_snapshots_.push_back(snapshot(tensor, follow_autograd_));
+    dst_snapshots_.push_back(snapshot(tensor));
+    if (follow_autograd_) {
+      Owner owner{python_object(tensor), nullptr, nullptr};
+      if (tensor.is_view()) {
+        owner.base = tensor._base().unsafeGetTensorImpl();
+        owner.base_object = python_object(tensor._base());
+      }
+      owners_.push_back(owner);
+    }
     inference_ |= tensor.is_inference();
   }
-  for (const at::Tensor& tensor : srcs_) src_snapshots_.push_back(snapshot(tensor, false));
+  for (const at::Tensor& tensor : srcs_) src_snapshots_.push_back(snapshot(tensor));
   program_.tasks.reserve(writes_.size());
   for (size_t w = 0; w < writes_.size(); ++w) compile(w);
 }
@@ -127,7 +135,7 @@ std::vector<std::string> Plan::families() const {
 
 // --- is everything still as planned? -----------------------------------------------------------
 
-Plan::Snapshot Plan::snapshot(const at::Tensor& tensor, bool with_owner) {
+Plan::Snapshot Plan::snapshot(const at::Tensor& tensor) {
   at::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   Snapshot result{};
   result.impl = impl;
@@ -142,13 +150,6 @@ Plan::Snapshot Plan::snapshot(const at::Tensor& tensor, bool with_owner) {
   result.rank = static_cast<uint32_t>(impl->dim());
   layouts_.insert(layouts_.end(), impl->sizes().begin(), impl->sizes().end());
   layouts_.insert(layouts_.end(), impl->strides().begin(), impl->strides().end());
-  if (with_owner) {
-    result.object = python_object(tensor);
-    if (tensor.is_view()) {
-      result.base = tensor._base().unsafeGetTensorImpl();
-      result.base_object = python_object(tensor._base());
-    }
-  }
   return result;
 }
 
@@ -172,13 +173,16 @@ inline bool Plan::intact(const Snapshot& was) const {
 // Whether only this plan keeps a tensor alive: whoever it was planned for has another one now. Only a
 // plan of lists can hold such a tensor without a slot noticing. Memory that more tensors share than
 // this one (and its base) is not judged: it belongs to somebody else.
-inline bool Plan::orphan(const Snapshot& was) const {
+inline bool Plan::orphan(size_t dst) const {
   const auto held_here = [](at::TensorImpl* impl, PyObject* object, const Counts& counts) {
     return Py_REFCNT(object) <= counts.object && c10::raw::intrusive_ptr::use_count(impl) <= counts.tensor;
   };
-  if (was.object == nullptr || !held_here(was.impl, was.object, orphan_counts_[0])) return false;
-  if (was.impl->unsafe_storage().use_count() != (was.base == nullptr ? 1U : 2U)) return false;
-  return was.base == nullptr || held_here(was.base, was.base_object, orphan_counts_[1]);
+  if (owners_.empty()) return false;
+  const Owner& owner = owners_[dst];
+  at::TensorImpl* impl = dst_snapshots_[dst].impl;
+  if (!held_here(impl, owner.object, orphan_counts_[0]) || !impl->has_storage()) return false;
+  if (impl->unsafe_storage().use_count() != (owner.base == nullptr ? 1U : 2U)) return false;
+  return owner.base == nullptr || held_here(owner.base, owner.base_object, orphan_counts_[1]);
 }
 
 inline bool Plan::slot_holds(const Slot& slot) const {
@@ -193,7 +197,7 @@ inline bool Plan::slot_holds(const Slot& slot) const {
 bool Plan::intact(const std::vector<Snapshot>& all, bool& recorded) const {
   const bool grad_mode = at::GradMode::is_enabled();
   for (const Snapshot& was : all) {
-    if (!intact(was) || orphan(was)) return false;
+    if (!intact(was)) return false;
     if (follow_autograd_) recorded |= on_autograd(*was.impl, grad_mode);
   }
   return true;
@@ -201,7 +205,14 @@ bool Plan::intact(const std::vector<Snapshot>& all, bool& recorded) const {
 
 bool Plan::intact(bool& recorded) const {
   return std::all_of(slots_.begin(), slots_.end(), [this](const Slot& slot) { return slot_holds(slot); }) &&
-         intact(dst_snapshots_, recorded) && intact(src_snapshots_, recorded);
+         intact(dst_snapshots_, recorded) && intact(src_snapshots_, recorded) && !any_orphan();
+}
+
+bool Plan::any_orphan() const {
+  for (size_t i = 0; i < owners_.size(); ++i) {
+    if (orphan(i)) return true;
+  }
+  return false;
 }
 
 std::vector<int64_t> Plan::replaced() const {
@@ -215,7 +226,7 @@ std::vector<int64_t> Plan::replaced() const {
 std::pair<std::vector<int64_t>, std::vector<int64_t>> Plan::moved() const {
   std::pair<std::vector<int64_t>, std::vector<int64_t>> found;
   for (size_t i = 0; i < dsts_.size(); ++i) {
-    if (!intact(dst_snapshots_[i]) || orphan(dst_snapshots_[i])) found.first.push_back(static_cast<int64_t>(i));
+    if (!intact(dst_snapshots_[i]) || orphan(i)) found.first.push_back(static_cast<int64_t>(i));
   }
   for (size_t i = 0; i < srcs_.size(); ++i) {
     if (!intact(src_snapshots_[i])) found.second.push_back(static_cast<int64_t>(i));

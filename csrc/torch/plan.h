@@ -81,17 +81,21 @@ class Plan {
     bool plain;       // the kernels touch its memory: it may not become copy-on-write
     uint32_t layout;  // sizes, then strides, in layouts_
     uint32_t rank;
-    // Destinations of lists only: the tensor's Python object, and the same of a view's base.
+  };
+
+  // Who else may hold a destination of a list: its Python object, and a view's base with its own.
+  struct Owner {
     PyObject* object;
     at::TensorImpl* base;
     PyObject* base_object;
   };
 
-  Snapshot snapshot(const at::Tensor& tensor, bool with_owner);
+  Snapshot snapshot(const at::Tensor& tensor);
   bool intact(const Snapshot& was) const;
   bool intact(const std::vector<Snapshot>& all, bool& recorded) const;
   bool slot_holds(const Slot& slot) const;
-  bool orphan(const Snapshot& was) const;
+  bool orphan(size_t dst) const;
+  bool any_orphan() const;
   bool intact(bool& recorded) const;
   void compile(size_t write);
   at::Tensor view(const at::Tensor& tensor, const Write& write, bool dst) const;
@@ -106,6 +110,7 @@ class Plan {
   std::vector<Range> written_;  // the memory of all destinations, sorted and merged
 
   std::vector<Snapshot> dst_snapshots_, src_snapshots_;
+  std::vector<Owner> owners_;  // of the destinations, where autograd is followed
   std::vector<int64_t> layouts_;
   Program program_;
   std::vector<uint32_t> task_write_;  // the write of each task

@@ -5,7 +5,6 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <algorithm>
 #include <cstring>
 
 #include "torch/batch.h"
@@ -48,8 +47,6 @@ struct Items {
     set(sequence);
   }
 
-  bool simple() const { return std::all_of(data, data + size, is_simple); }
-
   void hold() {
     if (held) return;
     PyObject* copy = PyTuple_New(size);
@@ -66,9 +63,9 @@ struct Items {
   }
 };
 
-// Parsing one list may run code that changes the other.
-void hold_unless_simple(Items& first, Items& second) {
-  if (first.simple() && second.simple()) return;
+// Before entry i is looked at: that may run code which changes either list.
+inline void hold_unless_simple(Items& first, Items& second, Py_ssize_t i, Py_ssize_t j) {
+  if (is_simple(first.data[i]) && is_simple(second.data[j])) return;
   first.hold();
   second.hold();
 }
@@ -209,9 +206,11 @@ PyObject* foreach_copy_(PyObject*, PyObject* const* args, Py_ssize_t n) {
   TORCH_CHECK(dsts.size > 0 || srcs.size > 0, op, ": Tensor list must have at least one tensor.");
   TORCH_CHECK(dsts.size == srcs.size, op, ": Tensor lists must have the same number of tensors, got ", dsts.size,
               " dsts and ", srcs.size, " srcs");
-  hold_unless_simple(dsts, srcs);
   const Scratch batch;
-  for (Py_ssize_t i = 0; i < dsts.size; ++i) add_copy(*batch, {op, i}, dsts.data[i], srcs.data[i]);
+  for (Py_ssize_t i = 0; i < dsts.size; ++i) {
+    hold_unless_simple(dsts, srcs, i, i);
+    add_copy(*batch, {op, i}, dsts.data[i], srcs.data[i]);
+  }
   RECORD_FUNCTION("paramkit::foreach_copy_", std::vector<c10::IValue>());
   if (batch->runs_python()) srcs.hold();
   batch->run(non_blocking);
@@ -233,11 +232,11 @@ PyObject* foreach_fill_(PyObject*, PyObject* const* args, Py_ssize_t n) {
   TORCH_CHECK(dsts.size > 0 || count > 0, op, ": Tensor list must have at least one tensor.");
   TORCH_CHECK(dsts.size == count, op, ": expected one value, or one value a tensor: got ", dsts.size, " dsts and ",
               count, " values");
-  hold_unless_simple(dsts, values);
   const Scratch batch;
   PyObject* seen = nullptr;
   Batch::Number number;
   for (Py_ssize_t i = 0; i < dsts.size; ++i) {
+    hold_unless_simple(dsts, values, i, one ? 0 : i);
     add_fill(*batch, {op, i}, dsts.data[i], values.data[one ? 0 : i], seen, number);
   }
   RECORD_FUNCTION("paramkit::foreach_fill_", std::vector<c10::IValue>());

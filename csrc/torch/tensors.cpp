@@ -14,13 +14,6 @@
 
 namespace paramkit {
 
-bool has_memory(const at::TensorImpl& impl) {
-  if (impl.numel() == 0) return true;
-  const at::StorageImpl& storage = *impl.unsafe_storage().unsafeGetStorageImpl();
-  const auto* begin = static_cast<const char*>(storage.data());
-  return begin != nullptr && range(impl).end <= begin + storage.nbytes();
-}
-
 Range range(const at::TensorImpl& impl) {
   const char* begin = data(impl);
   if (impl.numel() == 0) return {begin, begin};

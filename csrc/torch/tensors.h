@@ -10,9 +10,10 @@
 
 namespace paramkit {
 
-// Whether the storage holds all that the tensor's shape and strides reach. It does not once it was
-// resized to 0, as FSDP does, whatever the offset.
-bool has_memory(const at::TensorImpl& impl);
+// False for a tensor with a shape whose storage was resized to 0, as FSDP does, whatever its offset.
+inline bool has_memory(const at::TensorImpl& impl) {
+  return impl.unsafe_storage().unsafeGetStorageImpl()->data() != nullptr || impl.numel() == 0;
+}
 
 // How the kernels may treat a tensor.
 enum class Access : uint8_t {
