@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
     parser.add_argument("result", type=Path, help="JSON file written by python -m benchmarks")
     parser.add_argument("--plain", action="store_true", help="padded columns, not Markdown")
+    parser.add_argument(
+        "--only", metavar="PATTERN", action="append", help="cases whose name matches this wildcard"
+    )
     options = parser.parse_args(arguments)
     result = json.loads(options.result.read_text())
+    if options.only:
+        result["results"] = [
+            entry
+            for entry in result["results"]
+            if any(fnmatch(entry["name"], pattern) for pattern in options.only)
+        ]
     print(plain(result) if options.plain else markdown(result))
     return 0
 
