@@ -75,10 +75,10 @@ class Plan {
     at::TensorImpl* impl;
     at::StorageImpl* storage;
     const char* begin;  // of the storage
+    c10::DeleterFnPtr deleter;
     int64_t offset;
     c10::DispatchKeySet keys;  // among them the conjugate and the negative bit
     caffe2::TypeMeta dtype;
-    bool plain;       // the kernels touch its memory: it may not become copy-on-write
     uint32_t layout;  // sizes, then strides, in layouts_
     uint32_t rank;
   };

@@ -4,7 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/TensorImpl.h>
-#include <c10/core/impl/COW.h>
+#include <c10/core/impl/COWDeleter.h>
 
 #include "core/task.h"
 
@@ -22,6 +22,11 @@ enum class Access : uint8_t {
   Native,     // anything else: only torch knows how
 };
 
+// What frees the storage's memory: it tells a copy-on-write storage, and changes when the memory does.
+inline c10::DeleterFnPtr deleter(const at::TensorImpl& impl) {
+  return impl.unsafe_storage().unsafeGetStorageImpl()->data_ptr().get_deleter();
+}
+
 inline Access access(const at::TensorImpl& impl) {
   constexpr auto normal =
       c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutogradCPU});
@@ -30,7 +35,7 @@ inline Access access(const at::TensorImpl& impl) {
   // Conjugate, negative, quantized, nested, functorch and subclass tensors all carry another key.
   if (keys != normal && keys != inference) return Access::Native;
   if (!impl.has_storage() || impl.dim() > kMaxRank) return Access::Native;
-  if (c10::impl::cow::is_cow_data_ptr(impl.unsafe_storage().unsafeGetStorageImpl()->data_ptr())) return Access::Native;
+  if (deleter(impl) == &c10::impl::cow::cow_deleter) return Access::Native;  // copy-on-write
   return keys == normal ? Access::Plain : Access::Inference;
 }
 
