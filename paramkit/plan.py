@@ -226,14 +226,7 @@ class Plan:
             self._busy.release()
 
     def _apply(self, source: Any, progress: Progress | None) -> Report:
-        compiled = self._ready()
-        self._check_alive()
-        if source is not None:
-            # Judged before the source is taken: a refused call changes nothing.
-            if compiled.moved()[0] or compiled.replaced() or self._replaced_in_table():
-                raise self._stale()
-            self._rebind(source)
-            compiled = self._compiled
+        compiled = self._take(source)
         if self._inference and not torch.is_inference_mode_enabled():
             raise RuntimeError(
                 f"apply: {', '.join(self._inference)}: Inplace update to inference tensor outside InferenceMode "
@@ -243,6 +236,18 @@ class Plan:
         if self._replaced_in_table() or not compiled.run(progress):
             raise self._stale()
         return Report(self._summary, perf_counter() - start)
+
+    def _take(self, source: Any) -> Any:
+        """The compiled plan, with a new source if there is one."""
+        compiled = self._ready()
+        self._check_alive()
+        if source is None:
+            return compiled
+        # Judged before the source is taken: a refused call changes nothing.
+        if compiled.moved()[0] or compiled.replaced() or self._replaced_in_table():
+            raise self._stale()
+        self._rebind(source)
+        return self._compiled
 
     def explain(self) -> str:
         """The plan as a table, layers of one kind folded into one row."""
@@ -264,10 +269,7 @@ class Plan:
         """
         self._enter()
         try:
-            compiled = self._ready()
-            if source is not None:
-                self._rebind(source)
-                compiled = self._compiled
+            compiled = self._take(source)
             if self._is_stale():
                 raise self._stale()
             differ = verify_in_order(compiled) if self._ordered else compiled.verify()
@@ -497,4 +499,6 @@ class _ListPlan(Plan):
                 raise PlanError(
                     "the new sources differ from those planned for; nothing was written.", findings
                 )
+            if self._is_stale():
+                raise self._stale()
             self._compile(resolve_lists(dsts, tensors))

@@ -234,7 +234,7 @@ def test_the_real_extension_is_the_one_in_use(monkeypatch: pytest.MonkeyPatch) -
         assert "scalar" in extension.capabilities()
         assert str(torch.__version__).startswith(extension.torch_version())
         status = paramkit.status()
-    assert status.backend == "cpu" and Path(status.library or "").is_file()
+    assert status.backend == "cpu" and Path(status.binary or "").is_file()
     # One OpenMP runtime: a second one would have a pool of threads of its own.
     maps = Path("/proc/self/maps")
     if maps.exists():

@@ -138,7 +138,7 @@ def test_a_wheel_ships_the_sources(project: Project, tmp_path: Path) -> None:
     assert {"_C.json", "csrc", "py.typed"} <= names
     assert "_build_error.txt" not in names
     # Used from the wheel, and built again from it: the same sources, so the same name in the cache.
-    code = f"import os; os.chdir('/'); {USED}; print(paramkit.status().library)"
+    code = f"import os; os.chdir('/'); {USED}; print(paramkit.status().binary)"
     code += "; print(paramkit.backend.build(verbose=False))"
     module, library, built = project.python(code, PYTHONPATH=str(site)).splitlines()
     assert (module, Path(library).parent) == ("paramkit._C", site / "paramkit")
@@ -154,7 +154,7 @@ def test_build_then_the_next_call_uses_it(project: Project) -> None:
         "import paramkit\n"
         "print(paramkit.status().backend)\n"
         "path = paramkit.backend.build()\n"
-        "print(paramkit.backend.active().__name__, paramkit.status().library == str(path))\n"
+        "print(paramkit.backend.active().__name__, paramkit.status().binary == str(path))\n"
         "print(paramkit.status().build_log)\n"
     )
     assert "RuntimeWarning" not in output

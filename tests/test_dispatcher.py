@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import paramkit
@@ -64,14 +64,14 @@ def operator(name: str) -> Any:
 def test_opcheck(name: str, dtype: torch.dtype) -> None:
     # torch cannot compare float8 tensors, which the check of the schema has to.
     utils = UTILS[1:] if dtype is torch.float8_e4m3fn else UTILS
-    torch.library.opcheck(operator(name), arguments(name, dtype), test_utils=utils)
+    library.opcheck(operator(name), arguments(name, dtype), test_utils=utils)
 
 
 @pytest.mark.parametrize("name", ["copy_", "foreach_copy_"])
 def test_opcheck_of_a_differentiable_source(name: str) -> None:
     src = torch.rand(2, requires_grad=True)
     args = (torch.zeros(2), src) if name == "copy_" else ([torch.zeros(2)], [src])
-    torch.library.opcheck(operator(name), args, test_utils=UTILS[:3])
+    library.opcheck(operator(name), args, test_utils=UTILS[:3])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

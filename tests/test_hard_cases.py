@@ -271,6 +271,40 @@ def test_a_refused_apply_takes_no_source() -> None:
     assert_same_bits(model.weight, first["weight"])
 
 
+def test_a_source_that_was_resized_does_not_widen_what_fits() -> None:
+    """A new source is compared with what was planned for, not with what the old one is now."""
+    dst, src = torch.zeros(64), torch.ones(64)
+    plan = paramkit.plan([dst], [src])
+    src.resize_(1)
+    with nothing_written(dst), pytest.raises(PlanError):
+        plan.apply([torch.full((1,), 7.0)])
+    plan.apply([torch.full((64,), 2.0)])
+    assert dst.tolist() == [2] * 64
+
+
+@pytest.mark.parametrize("offset", [0, 5])
+def test_a_new_source_without_memory(offset: int) -> None:
+    dst = torch.zeros(5)
+    plan = paramkit.plan([dst], [torch.ones(5)])
+    base = torch.zeros(10)
+    view = base[offset : offset + 5]
+    base.untyped_storage().resize_(0)
+    with nothing_written(dst), pytest.raises(PlanError, match="memory"):
+        plan.apply([view])
+
+
+def test_a_refused_verify_takes_no_source() -> None:
+    model = nn.Linear(2, 2)
+    first, second = nn.Linear(2, 2).state_dict(), nn.Linear(2, 2).state_dict()
+    plan = paramkit.plan(model, first)
+    model.bias = nn.Parameter(torch.zeros(2))
+    with pytest.raises(PlanError, match="bias"):
+        plan.verify(second)
+    plan.refresh()
+    plan.apply()
+    assert_same_bits(model.weight, first["weight"])
+
+
 def test_a_plan_without_its_model_is_refused() -> None:
     model = nn.Linear(2, 2)
     weight = model.weight

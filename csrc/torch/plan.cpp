@@ -96,7 +96,6 @@ Plan::Plan(std::vector<at::Tensor> dsts, std::vector<at::Tensor> srcs, std::vect
       }
       owners_.push_back(owner);
     }
-    inference_ |= tensor.is_inference();
   }
   for (const at::Tensor& tensor : srcs_) src_snapshots_.push_back(snapshot(tensor));
   program_.tasks.reserve(writes_.size());
@@ -153,14 +152,11 @@ Plan::Snapshot Plan::snapshot(const at::Tensor& tensor) {
   return result;
 }
 
-inline bool Plan::intact(const Snapshot& was) const {
-  const at::TensorImpl& impl = *was.impl;
+// Whether a tensor has the dtype, kind, shape and strides of a snapshot, wherever its memory is. Of one
+// that is not strided torch's own copy_ judges the shape.
+inline bool Plan::same_layout(const Snapshot& was, const at::TensorImpl& impl) const {
   if (impl.key_set() != was.keys || impl.dtype() != was.dtype) return false;
-  if (was.storage == nullptr) return true;  // not strided: torch's own copy_ judges it
-  if (impl.unsafe_storage().unsafeGetStorageImpl() != was.storage || was.storage->data() != was.begin ||
-      impl.storage_offset() != was.offset || deleter(impl) != was.deleter) {
-    return false;
-  }
+  if (was.storage == nullptr) return true;
   const auto sizes = impl.sizes(), strides = impl.strides();
   const int64_t* layout = layouts_.data() + was.layout;
   if (sizes.size() != was.rank) return false;
@@ -168,6 +164,13 @@ inline bool Plan::intact(const Snapshot& was) const {
     if (sizes[i] != layout[i] || strides[i] != layout[was.rank + i]) return false;
   }
   return true;
+}
+
+inline bool Plan::intact(const Snapshot& was) const {
+  const at::TensorImpl& impl = *was.impl;
+  if (was.storage == nullptr) return same_layout(was, impl);
+  return impl.unsafe_storage().unsafeGetStorageImpl() == was.storage && was.storage->data() == was.begin &&
+         impl.storage_offset() == was.offset && deleter(impl) == was.deleter && same_layout(was, impl);
 }
 
 // Whether only this plan keeps a tensor alive: whoever it was planned for has another one now. Only a
@@ -247,13 +250,10 @@ bool Plan::rebind(const py::dict& tensors, const py::list& names) {
     PyObject* value = PyDict_GetItemWithError(tensors.ptr(), PyList_GET_ITEM(names.ptr(), static_cast<Py_ssize_t>(i)));
     if (value == nullptr || !THPVariable_CheckExact(value)) return true;
     const at::Tensor& tensor = THPVariable_Unpack(value);
-    const at::TensorImpl &now = *tensor.unsafeGetTensorImpl(), &was = *srcs_[i].unsafeGetTensorImpl();
-    if (now.key_set() != was.key_set() || now.dtype() != was.dtype() || now.device() != was.device() ||
-        now.layout() != was.layout() || now.sizes() != was.sizes() ||
-        (now.layout() == c10::kStrided &&
-         (now.strides() != was.strides() || meets(written_, now) || (now.numel() > 0 && data(now) == nullptr)))) {
-      return true;
-    }
+    const at::TensorImpl& now = *tensor.unsafeGetTensorImpl();
+    // Compared with what was planned for, not with the old source: that may have been resized since.
+    if (!same_layout(src_snapshots_[i], now) || now.device() != srcs_[i].device()) return true;
+    if (now.layout() == c10::kStrided && (!has_memory(now) || meets(written_, now))) return true;
     srcs.push_back(tensor);
   }
   srcs_ = std::move(srcs);
@@ -294,25 +294,25 @@ void Plan::copy_native(size_t w) const {
 bool Plan::run(const py::object& progress) {
   bool recorded = false;
   if (!intact(recorded)) return false;
+  const auto tell_all = [&] {
+    if (progress.is_none()) return;
+    int64_t bytes = 0;
+    for (size_t w = 0; w < writes_.size(); ++w) bytes += bytes_of(w);
+    progress(bytes, bytes);
+  };
   if (recorded) {
     const Scratch batch;
     for (const Write& write : writes_) {
       batch->copy({"apply", write.dst}, dsts_[static_cast<size_t>(write.dst)], srcs_[static_cast<size_t>(write.src)]);
     }
     batch->run(false);
-    if (!progress.is_none()) {
-      int64_t bytes = 0;
-      for (const at::Tensor& tensor : dsts_) bytes += static_cast<int64_t>(tensor.nbytes());
-      progress(bytes, bytes);
-    }
+    tell_all();
     return true;
   }
-  TORCH_CHECK(!inference_ || c10::InferenceMode::is_enabled(),
-              "apply: a destination is an inference tensor. Inplace update to inference tensor outside InferenceMode "
-              "is not allowed: write inside torch.inference_mode()");
   if (!plain_context()) {  // a mode or a tracer: it has to see every write
     for (size_t w = 0; w < writes_.size(); ++w) copy_native(w);
     routes()[kFamilies] += static_cast<int64_t>(writes_.size());
+    tell_all();
     return true;
   }
   for (const Snapshot& dst : dst_snapshots_) dst.impl->bump_version();
@@ -327,13 +327,14 @@ bool Plan::run(const py::object& progress) {
   return true;
 }
 
+int64_t Plan::bytes_of(size_t w) const {
+  int64_t bytes = static_cast<int64_t>(dsts_[static_cast<size_t>(writes_[w].dst)].element_size());
+  for (int64_t n : writes_[w].sizes) bytes *= n;
+  return bytes;
+}
+
 // Where something happens between the writes: an order to keep, or a progress to tell.
 void Plan::run_in_pieces(const py::object& progress) {
-  const auto bytes_of = [this](size_t w) {
-    int64_t bytes = static_cast<int64_t>(dsts_[static_cast<size_t>(writes_[w].dst)].element_size());
-    for (int64_t n : writes_[w].sizes) bytes *= n;
-    return bytes;
-  };
   int64_t total = program_.bytes, done = 0, told = 0;
   for (uint32_t w : native_) total += bytes_of(w);
   const auto advance = [&](int64_t bytes) {

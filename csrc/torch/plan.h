@@ -91,6 +91,7 @@ class Plan {
   };
 
   Snapshot snapshot(const at::Tensor& tensor);
+  bool same_layout(const Snapshot& was, const at::TensorImpl& impl) const;
   bool intact(const Snapshot& was) const;
   bool intact(const std::vector<Snapshot>& all, bool& recorded) const;
   bool slot_holds(const Slot& slot) const;
@@ -100,12 +101,13 @@ class Plan {
   void compile(size_t write);
   at::Tensor view(const at::Tensor& tensor, const Write& write, bool dst) const;
   void copy_native(size_t write) const;
+  int64_t bytes_of(size_t write) const;
   void run_in_pieces(const pybind11::object& progress);
 
   std::vector<at::Tensor> dsts_, srcs_;
   std::vector<Write> writes_;
   std::vector<Slot> slots_;
-  bool follow_autograd_, ordered_, inference_ = false;
+  bool follow_autograd_, ordered_;
   Counts orphan_counts_[2];     // of a tensor, and of the base of a view
   std::vector<Range> written_;  // the memory of all destinations, sorted and merged
 

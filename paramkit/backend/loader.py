@@ -40,7 +40,7 @@ class Extension:
     """The outcome of looking for the extension."""
 
     module: ModuleType | None = None
-    library: Path | None = None
+    binary: Path | None = None
     build_log: Path | None = None
     where: str = ""  # one sentence: which binary
     reason: str = ""  # one sentence: why there is none

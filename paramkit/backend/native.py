@@ -155,9 +155,9 @@ class Plan:
         new = [tensors.get(name) for name in names]
         if any(
             not isinstance(t, Tensor)
-            or _layout(t) != _layout(old)
+            or _layout(t) != was[1:]
             or (t.layout is torch.strided and has_no_memory(t))
-            for t, old in zip(new, self._srcs)
+            for t, was in zip(new, self._seen_srcs)
         ):
             return True
         if _may_share_memory(self._dsts, new):

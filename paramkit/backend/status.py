@@ -21,7 +21,7 @@ class Status:
         capabilities: those that this machine can run.
         cuda: what happens to CUDA tensors.
         torch: version of torch.
-        library: path of the loaded extension.
+        binary: path of the loaded extension.
         build_log: path of the log of the build, or of the build that failed.
         error: the original error text where the extension could not be built or loaded.
         env: the settings of the environment in force.
@@ -33,7 +33,7 @@ class Status:
     cuda: str
     capability: str | None = None
     capabilities: tuple[str, ...] = ()
-    library: str | None = None
+    binary: str | None = None
     build_log: str | None = None
     error: str | None = None
     env: dict[str, str] = field(default_factory=dict)
@@ -48,12 +48,12 @@ class Status:
             others = ", ".join(self.capabilities)
             rows.append(("instructions", f"{self.capability} (this machine has {others})"))
         rows += [("cuda", self.cuda), ("torch", self.torch)]
-        if self.library:
-            rows.append(("library", self.library))
+        if self.binary:
+            rows.append(("library", self.binary))
         if self.build_log:
             rows.append(("build log", self.build_log))
         rows += [("setting", f"{name}={value}") for name, value in self.env.items()]
-        if self.backend == "native" and not self.library:
+        if self.backend == "native" and not self.binary:
             rows.append(("remedy", "paramkit build"))
         text = "\n".join(f"{name:<13}{value}" for name, value in rows)
         if self.error:
@@ -89,7 +89,7 @@ def status() -> Status:
         cuda=cuda,
         capability=compiled.capability() if compiled else None,
         capabilities=tuple(compiled.capabilities()) if compiled else (),
-        library=str(extension.library) if extension.library else None,
+        binary=str(extension.binary) if extension.binary else None,
         build_log=str(extension.build_log) if extension.build_log else None,
         error=extension.error,
         env=env,
