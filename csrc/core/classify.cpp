@@ -20,9 +20,9 @@ int64_t run_blocks(const Task& task) { return task.run > kLongRun ? ceil_div(tas
 
 // A run of elements made of several loops: each begins where the one inside it ends.
 struct Chain {
-  int64_t Dim::*stride;  // of the side on which it is one run
-  int64_t reach;         // bytes so far
-  int64_t length = 1;    // elements so far
+  int64_t Dim::* stride;  // of the side on which it is one run
+  int64_t reach;          // bytes so far
+  int64_t length = 1;     // elements so far
   int loops = 0;
   int members[kMaxChain] = {};  // innermost first
 

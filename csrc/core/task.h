@@ -36,9 +36,9 @@ inline constexpr const char* kFamilyNames[kFamilies] = {"copy", "rows", "transpo
 struct Task {
   char* dst;
   const char* src;
-  int64_t run;     // bytes of the destination
-  int64_t units;   // pieces that threads may take separately, see unit_bytes()
-  uint32_t dims;   // index of the first loop in the pool
+  int64_t run;    // bytes of the destination
+  int64_t units;  // pieces that threads may take separately, see unit_bytes()
+  uint32_t dims;  // index of the first loop in the pool
   uint8_t rank;
   Type to, from;  // equal where bytes are only moved
   Family family : 3;

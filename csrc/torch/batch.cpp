@@ -322,7 +322,8 @@ void Batch::fill(Place place, const at::Tensor& dst, Number& number) {
   const Type type = bytes_of_width(width);
   const auto sizes = to.sizes(), strides = to.strides();
   for (int i = 0; i < rank; ++i) dims[i] = {sizes[i], strides[i] * width, 0};
-  if (recorded || (written && !program_.add(data(to), bytes, type, type, dims, rank))) return defer_fill(dst, number.value);
+  if (recorded || (written && !program_.add(data(to), bytes, type, type, dims, rank)))
+    return defer_fill(dst, number.value);
   bumps_.push_back(dst.unsafeGetTensorImpl());
 }
 
