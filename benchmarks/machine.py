@@ -8,6 +8,7 @@ import platform
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import torch
 
 __all__ = ["describe"]
@@ -21,6 +22,7 @@ def describe() -> dict[str, object]:
         "cores": _cores(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
+        "numpy": np.__version__,
         "torch": torch.__version__,
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
