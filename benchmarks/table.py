@@ -53,7 +53,7 @@ def load(path: Path) -> dict[str, Any]:
 def matches(name: str, group: str, patterns: Sequence[str] | None) -> bool:
     """Whether a case is meant: by a part of its name, a wildcard, or its group. None means all."""
     return not patterns or any(
-        part in name or part == group or fnmatch(name, part) for part in patterns
+        part in name or fnmatch(name, part) or fnmatch(group, part) for part in patterns
     )
 
 

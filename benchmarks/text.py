@@ -8,6 +8,10 @@ from typing import Any
 __all__ = ["caption", "duration", "limits_line", "ratio", "share", "size", "timing"]
 
 
+BUSY = 0.7
+"""Load from which a caption says so: on two cores, a third process takes turns with the rounds."""
+
+
 def duration(nanoseconds: float) -> str:
     """A time in the unit that keeps three digits: ``418 ns``, ``4.18 us``, ``41.8 ms``."""
     for unit, scale in (("ns", 1.0), ("us", 1e3), ("ms", 1e6), ("s", 1e9)):
@@ -46,13 +50,15 @@ def size(count: float) -> str:
 
 
 def caption(machine: Mapping[str, Any]) -> str:
-    """One sentence that says where the figures come from."""
+    """Where the figures come from, and a warning if the machine was busy before the run."""
+    load = machine.get("load") or 0.0
+    busy = f" The machine was busy (load {load:g} before the run)." if load > BUSY else ""
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads; "
         f"torch {machine['torch']} ({machine['torch_capability']}), numpy {machine['numpy']}, "
         f"backend {machine['backend']} ({machine['capability']}), "
         f"Python {machine['python']}, commit {machine['commit']}, {machine['date']}. "
-        "Medians, ± half the interquartile range."
+        "Medians, ± half the interquartile range." + busy
     )
 
 
