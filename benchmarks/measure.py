@@ -26,7 +26,7 @@ from benchmarks.limits import Limits
 from benchmarks.sides import sides_of
 from benchmarks.targets import Figure, Verdict, judge, wanted
 
-__all__ = ["BEYOND_CACHE", "Outcome", "Timing", "run_case"]
+__all__ = ["BEYOND_CACHE", "Outcome", "Timing", "check", "run_case"]
 
 BEYOND_CACHE = 32 * 1024 * 1024
 """Bytes moved from which a share of the memory's limit means something."""
@@ -128,7 +128,7 @@ def run_case(
 
 def _timed(case: Case, quick: bool, tiny: bool, limits: Limits) -> Outcome:
     work = case.make(tiny)
-    _check(work, [work.ours] if quick or work.numpy is None else [work.ours, work.numpy])
+    check(work, [work.ours] if quick or work.numpy is None else [work.ours, work.numpy])
     sides = sides_of(case, work, limits, quick)
     budget = replace(rounds.FULL, seconds=case.seconds)
     if quick or tiny:
@@ -204,7 +204,7 @@ def _memory(case: Case, tiny: bool) -> Outcome:
     )
 
 
-def _check(work: Work, others: list[Callable[[], object]]) -> None:
+def check(work: Work, others: list[Callable[[], object]]) -> None:
     """Every side must leave the same bytes as torch, around the views too, or times mean nothing."""
     raw = _storages(work)
     _zero(raw)

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks import machine, plain
 from benchmarks.cases import CASES, GROUPS, Case
-from benchmarks.limits import Limits
+from benchmarks.limits import SIZE, Limits
 from benchmarks.measure import Outcome, run_case
 from benchmarks.table import SCHEMA
 from benchmarks.targets import judge_group
@@ -50,7 +50,7 @@ def run(
     cases: Sequence[Case], quick: bool = False, tiny: bool = False, limits: Limits | None = None
 ) -> dict[str, Any]:
     """Measure `cases`; the result as it is written to JSON."""
-    limits = limits or Limits()
+    limits = limits or Limits(64 * 1024 if tiny else SIZE)
     facts = machine.describe()
     outcomes = []
     for number, case in enumerate(cases, 1):

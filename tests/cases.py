@@ -89,12 +89,14 @@ def values(shape: Sequence[int], dtype: torch.dtype, seed: int = 0) -> Tensor:
 def tiled(shape: Sequence[int], dtype: torch.dtype, seed: int = 0, period: int = 65521) -> Tensor:
     """As `values`, but the same `period` numbers again and again: quick to make when it is large."""
     size = math.prod(shape)
+    if not size:
+        return values(shape, dtype, seed)
     pattern = values((min(size, period),), dtype, seed)
     raw = pattern.view(torch.uint8)
     result = torch.empty(size, dtype=dtype)
     to = result.view(torch.uint8)
-    whole = to.numel() // max(raw.numel(), 1) * raw.numel()
-    to[:whole].view(-1, max(raw.numel(), 1)).copy_(raw)
+    whole = to.numel() // raw.numel() * raw.numel()
+    to[:whole].view(-1, raw.numel()).copy_(raw)
     to[whole:].copy_(raw[: to.numel() - whole])
     return result.view(tuple(shape))
 
