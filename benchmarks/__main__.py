@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import compare, table
 from benchmarks.cases import CASES, GROUPS, Case
@@ -60,6 +61,13 @@ def _chosen(patterns: Sequence[str] | None, quick: bool) -> list[Case]:
     ]
 
 
+def _base(path: Path, patterns: Sequence[str] | None, cases: Sequence[Case]) -> dict[str, Any]:
+    """The earlier result without the cases that this run leaves out on purpose."""
+    base = table.chosen(table.load(path), patterns)
+    left_out = {case.name for case in CASES} - {case.name for case in cases}
+    return {**base, "cases": [row for row in base["cases"] if row["name"] not in left_out]}
+
+
 def _list(cases: Sequence[Case]) -> None:
     width = max(len(case.name) for case in cases)
     for case in cases:
@@ -79,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         _list(cases)
         return 0
-    base = table.chosen(table.load(options.compare), options.only) if options.compare else None
+    base = _base(options.compare, options.only, cases) if options.compare else None
 
     result = run(cases, quick=options.quick, tiny=options.tiny)
     table.show(result)

@@ -54,7 +54,7 @@ def caption(machine: Mapping[str, Any]) -> str:
     load = machine.get("load") or 0.0
     busy = f" The machine was busy (load {load:g} before the run)." if load > BUSY else ""
     return (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads; "
+        f"{machine['cpu']}, {machine['cores']} cores, threads used: {machine['threads']}; "
         f"torch {machine['torch']} ({machine['torch_capability']}), numpy {machine['numpy']}, "
         f"backend {machine['backend']} ({machine['capability']}), "
         f"Python {machine['python']}, commit {machine['commit']}, {machine['date']}. "

@@ -19,7 +19,7 @@ COLOURS = {
     "limit": "#1f2328",
 }
 
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
     "axes.facecolor": "white",

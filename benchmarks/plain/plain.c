@@ -29,41 +29,41 @@ static void fill_libc(char* dst, int value, size_t n) { memset(dst, value, n); }
 
 #ifdef X86
 /* Head up to an aligned destination, four registers a turn, tail. Streaming stores need the alignment. */
-#define STREAM_COPY(NAME, TARGET, REG, LOAD, STREAM)                            \
-  __attribute__((target(TARGET))) static void NAME(char* d, const char* s, size_t n) { \
-    size_t head = (size_t)(-(uintptr_t)d) & (sizeof(REG) - 1);                  \
-    if (head > n) head = n;                                                     \
-    memcpy(d, s, head);                                                         \
-    d += head, s += head, n -= head;                                            \
+#define STREAM_COPY(NAME, TARGET, REG, LOAD, STREAM)                                                 \
+  __attribute__((target(TARGET))) static void NAME(char* d, const char* s, size_t n) {               \
+    size_t head = (size_t)(-(uintptr_t)d) & (sizeof(REG) - 1);                                       \
+    if (head > n) head = n;                                                                          \
+    memcpy(d, s, head);                                                                              \
+    d += head, s += head, n -= head;                                                                 \
     for (; n >= 4 * sizeof(REG); d += 4 * sizeof(REG), s += 4 * sizeof(REG), n -= 4 * sizeof(REG)) { \
-      REG a = LOAD((const void*)s);                                             \
-      REG b = LOAD((const void*)(s + sizeof(REG)));                             \
-      REG c = LOAD((const void*)(s + 2 * sizeof(REG)));                         \
-      REG e = LOAD((const void*)(s + 3 * sizeof(REG)));                         \
-      STREAM((void*)d, a);                                                      \
-      STREAM((void*)(d + sizeof(REG)), b);                                      \
-      STREAM((void*)(d + 2 * sizeof(REG)), c);                                  \
-      STREAM((void*)(d + 3 * sizeof(REG)), e);                                  \
-    }                                                                           \
-    memcpy(d, s, n);                                                            \
-    _mm_sfence();                                                               \
+      REG a = LOAD((const void*)s);                                                                  \
+      REG b = LOAD((const void*)(s + sizeof(REG)));                                                  \
+      REG c = LOAD((const void*)(s + 2 * sizeof(REG)));                                              \
+      REG e = LOAD((const void*)(s + 3 * sizeof(REG)));                                              \
+      STREAM((void*)d, a);                                                                           \
+      STREAM((void*)(d + sizeof(REG)), b);                                                           \
+      STREAM((void*)(d + 2 * sizeof(REG)), c);                                                       \
+      STREAM((void*)(d + 3 * sizeof(REG)), e);                                                       \
+    }                                                                                                \
+    memcpy(d, s, n);                                                                                 \
+    _mm_sfence();                                                                                    \
   }
 
-#define STREAM_FILL(NAME, TARGET, REG, SET, STREAM)                             \
+#define STREAM_FILL(NAME, TARGET, REG, SET, STREAM)                                \
   __attribute__((target(TARGET))) static void NAME(char* d, int value, size_t n) { \
-    size_t head = (size_t)(-(uintptr_t)d) & (sizeof(REG) - 1);                  \
-    if (head > n) head = n;                                                     \
-    memset(d, value, head);                                                     \
-    d += head, n -= head;                                                       \
-    REG a = SET((char)value);                                                   \
-    for (; n >= 4 * sizeof(REG); d += 4 * sizeof(REG), n -= 4 * sizeof(REG)) {  \
-      STREAM((void*)d, a);                                                      \
-      STREAM((void*)(d + sizeof(REG)), a);                                      \
-      STREAM((void*)(d + 2 * sizeof(REG)), a);                                  \
-      STREAM((void*)(d + 3 * sizeof(REG)), a);                                  \
-    }                                                                           \
-    memset(d, value, n);                                                        \
-    _mm_sfence();                                                               \
+    size_t head = (size_t)(-(uintptr_t)d) & (sizeof(REG) - 1);                     \
+    if (head > n) head = n;                                                        \
+    memset(d, value, head);                                                        \
+    d += head, n -= head;                                                          \
+    REG a = SET((char)value);                                                      \
+    for (; n >= 4 * sizeof(REG); d += 4 * sizeof(REG), n -= 4 * sizeof(REG)) {     \
+      STREAM((void*)d, a);                                                         \
+      STREAM((void*)(d + sizeof(REG)), a);                                         \
+      STREAM((void*)(d + 2 * sizeof(REG)), a);                                     \
+      STREAM((void*)(d + 3 * sizeof(REG)), a);                                     \
+    }                                                                              \
+    memset(d, value, n);                                                           \
+    _mm_sfence();                                                                  \
   }
 
 STREAM_COPY(copy_128, "sse2", __m128i, _mm_loadu_si128, _mm_stream_si128)
@@ -199,8 +199,7 @@ int plain_has(int kind) { return copy_of(kind) != NULL && fill_of(kind) != NULL;
 int plain_openmp(void) { return GOMP_parallel && omp_get_thread_num && omp_get_num_threads; }
 
 /* `times` copies of `bytes` bytes on `threads` threads; `own_pool` leaves torch's threads alone. */
-void plain_copy(int kind, void* dst, const void* src, size_t bytes, int threads, int times,
-                int own_pool) {
+void plain_copy(int kind, void* dst, const void* src, size_t bytes, int threads, int times, int own_pool) {
   job_t job = {dst, src, bytes, kind, 0, threads};
   run(job, times, own_pool);
 }
