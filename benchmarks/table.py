@@ -193,7 +193,7 @@ def show(result: Mapping[str, Any]) -> None:
     except ImportError:
         print(plain(result))
         return
-    console = Console()
+    console = Console(highlight=False)
     if not console.is_terminal:
         print(plain(result))
         return
