@@ -38,11 +38,11 @@ test: $(STAMPS)/test $(STAMPS)/extension ## the whole suite, on every backend th
 	$(say) 'tests'
 	@$(PY) -m pytest $(ARGS)
 
-bench: $(STAMPS)/bench $(STAMPS)/extension ## compare with torch in the same process, as a table
+bench: $(STAMPS)/bench $(STAMPS)/extension ## beside torch, numpy and plain C; ARGS=--quick is short
 	$(say) 'benchmarks'
 	@$(PY) -m benchmarks $(ARGS)
 
-CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' | sort)
+CXX_FILES = $(shell find csrc benchmarks/plain -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.inc' | sort)
 
 lint: $(STAMPS)/lint ## style and types: ruff, mypy, clang-format
 	$(say) 'ruff, mypy, clang-format'

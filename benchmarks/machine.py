@@ -8,6 +8,7 @@ import platform
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import torch
 
 __all__ = ["describe"]
@@ -21,9 +22,11 @@ def describe() -> dict[str, object]:
         "cores": _cores(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
+        "numpy": np.__version__,
         "torch": torch.__version__,
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "load": _load(),
         "commit": _commit(),
     }
     facts.update(_paramkit())
@@ -55,6 +58,14 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _load() -> float | None:
+    """What else ran before, as the load of the last minute; figures of a busy machine mislead."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except OSError:
+        return None
 
 
 def _commit() -> str:

@@ -6,6 +6,7 @@ timed is what is tested.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,14 +22,19 @@ __all__ = [
     "column_slice",
     "contiguous",
     "conv_weights",
+    "convolutions",
     "encoder",
     "every_other_row",
+    "grouped_query",
     "permuted",
+    "pitched",
     "random_bits",
     "row_slice",
     "small_tensors",
+    "tiled",
     "transposed",
     "values",
+    "vocabulary",
 ]
 
 FLOATS: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -80,6 +86,21 @@ def values(shape: Sequence[int], dtype: torch.dtype, seed: int = 0) -> Tensor:
     return numbers.to(dtype)
 
 
+def tiled(shape: Sequence[int], dtype: torch.dtype, seed: int = 0, period: int = 65521) -> Tensor:
+    """As `values`, but the same `period` numbers again and again: quick to make when it is large."""
+    size = math.prod(shape)
+    if not size:
+        return values(shape, dtype, seed)
+    pattern = values((min(size, period),), dtype, seed)
+    raw = pattern.view(torch.uint8)
+    result = torch.empty(size, dtype=dtype)
+    to = result.view(torch.uint8)
+    whole = to.numel() // raw.numel() * raw.numel()
+    to[:whole].view(-1, raw.numel()).copy_(raw)
+    to[whole:].copy_(raw[: to.numel() - whole])
+    return result.view(tuple(shape))
+
+
 # Layouts: each gives (destination, source) of equal shape; `make` fills the sources.
 
 
@@ -106,6 +127,31 @@ def permuted(
     return torch.zeros(source.shape, dtype=torch.float32).to(dtype), source
 
 
+def pitched(
+    shape: Sequence[int],
+    dims: Sequence[int],
+    dtype: torch.dtype,
+    make: Callable[..., Tensor] = values,
+    *,
+    sides: str,
+    margin: int = 64,
+) -> Pair:
+    """As `permuted`, with rows that lie apart: `sides` names "src", "dst" or "both".
+
+    A pitched source leaves out `margin` elements at both ends of its rows; a pitched destination
+    lies between as many in a wider buffer.
+    """
+    source = make(shape, dtype)
+    if sides in ("src", "both"):
+        source = source[..., margin : shape[-1] - margin]
+    source = source.permute(tuple(dims))
+    if sides == "src":
+        return torch.zeros(source.shape, dtype=torch.float32).to(dtype), source
+    *outer, last = source.shape
+    whole = torch.zeros(*outer, last + 2 * margin, dtype=torch.float32).to(dtype)
+    return whole[..., margin : margin + last], source
+
+
 def row_slice(
     rows: int, width: int, dtype: torch.dtype, make: Callable[..., Tensor] = values
 ) -> Pair:
@@ -129,6 +175,37 @@ def every_other_row(
     """dst rows 0, 2, 4, ... of ``[2 * rows, width]``."""
     whole = torch.zeros(2 * rows, width, dtype=torch.float32).to(dtype)
     return whole[::2], make((rows, width), dtype)
+
+
+def grouped_query(
+    groups: int,
+    repeat: int,
+    head: int,
+    width: int,
+    dtype: torch.dtype,
+    make: Callable[..., Tensor] = values,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """q, k and v of grouped-query attention into one fused weight, group by group.
+
+    dsts are views ``[groups, n * head, width]`` of a fused ``[groups, repeat + 2, head, width]``, with
+    n of `repeat`, 1 and 1: ``"(g r d) e -> (g s d) e"``. srcs are dense, as checkpoints hold them.
+    """
+    fused = torch.zeros(groups, (repeat + 2) * head, width, dtype=torch.float32).to(dtype)
+    dsts, srcs, first = [], [], 0
+    for seed, count in enumerate((repeat, 1, 1)):
+        rows = count * head
+        dsts.append(fused[:, first : first + rows])
+        srcs.append(make((groups * rows, width), dtype, seed).view(groups, rows, width))
+        first += rows
+    return dsts, srcs
+
+
+def vocabulary(
+    rows: int, width: int, dtype: torch.dtype, make: Callable[..., Tensor] = values
+) -> Pair:
+    """The rows of a smaller embedding into the first rows of one a quarter larger."""
+    whole = torch.zeros(rows + rows // 4, width, dtype=torch.float32).to(dtype)
+    return whole[:rows], make((rows, width), dtype)
 
 
 LAYOUTS: dict[str, Callable[[torch.dtype, Callable[..., Tensor]], Pair]] = {
@@ -170,3 +247,11 @@ def encoder(layers: int, width: int = 8) -> nn.TransformerEncoder:
         d_model=width, nhead=2, dim_feedforward=2 * width, batch_first=True
     )
     return nn.TransformerEncoder(layer, num_layers=layers, enable_nested_tensor=False)
+
+
+def convolutions(stages: int, blocks: int, width: int = 4) -> nn.ModuleList:
+    """``stages * blocks`` convolutions ``[width, width, 3, 3]`` without bias, two levels deep."""
+    return nn.ModuleList(
+        nn.ModuleList(nn.Conv2d(width, width, 3, bias=False) for _ in range(blocks))
+        for _ in range(stages)
+    )

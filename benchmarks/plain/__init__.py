@@ -1,0 +1,102 @@
+"""Plain copies and fills in C, the benchmark's own: what memory can do here.
+
+A `Loop` is one way to do it: libc's, or streaming stores of some width. `best` tries all of them on
+given memory and keeps the fastest, so that the figure to be measured by is not a slow one.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .build import NoCompilerError, library
+
+__all__ = ["KINDS", "Loop", "NoCompilerError", "available", "best", "candidates", "why_not"]
+
+KINDS = ("libc", "streaming 16 bytes", "streaming 32 bytes", "streaming 64 bytes")
+
+NEAR = 256 * 1024
+"""Bytes below which streaming is not tried: nobody streams what fits a near cache."""
+
+ALONE = 4 * NEAR
+"""Bytes up to which one thread is tried as well as all of them."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A kind of plain C copy or fill (`src` None) between two dense tensors, on so many threads."""
+
+    kind: int
+    dst: Tensor
+    src: Tensor | None
+    threads: int
+    value: int = 1
+    own_pool: bool = False
+
+    @property
+    def name(self) -> str:
+        return KINDS[self.kind]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes read plus bytes written."""
+        written = self.dst.numel() * self.dst.element_size()
+        return written if self.src is None else 2 * written
+
+    def __call__(self, times: int = 1) -> None:
+        """Do it `times` times inside C: the call from Python is paid once."""
+        size = self.dst.numel() * self.dst.element_size()
+        to, pool = self.dst.data_ptr(), int(self.own_pool)
+        if self.src is None:
+            library().plain_fill(self.kind, to, self.value, size, self.threads, times, pool)
+        else:
+            source = self.src.data_ptr()
+            library().plain_copy(self.kind, to, source, size, self.threads, times, pool)
+
+
+@cache
+def why_not() -> str:
+    """Why there is no plain C here; empty where there is."""
+    try:
+        library()
+    except NoCompilerError as error:
+        return str(error)
+    return ""
+
+
+def available() -> bool:
+    return not why_not()
+
+
+def candidates(dst: Tensor, src: Tensor | None, kinds: str = "all") -> list[Loop]:
+    """Every loop that this machine has; `kinds` "libc" leaves the streaming ones out."""
+    if not dst.is_contiguous() or not (src is None or src.is_contiguous()):
+        raise ValueError("plain copies are of dense tensors")
+    threads = torch.get_num_threads()
+    size = dst.numel() * dst.element_size()
+    counts = {threads, 1} if size <= ALONE else {threads}
+    chosen = range(len(KINDS)) if kinds == "all" and size >= NEAR else (0,)
+    return [
+        Loop(kind=kind, dst=dst, src=src, threads=count)
+        for kind in chosen
+        if library().plain_has(kind)
+        for count in sorted(counts)
+    ]
+
+
+def best(loops: list[Loop], rounds: int = 5) -> Loop:
+    """The fastest of `loops` by the median of a short interleaved trial."""
+    samples: list[list[float]] = [[] for _ in loops]
+    for turn in range(rounds + 1):
+        for index, loop in enumerate(loops):
+            start = time.perf_counter_ns()
+            loop()
+            if turn:  # the first touches the pages
+                samples[index].append(time.perf_counter_ns() - start)
+    medians = [statistics.median(times) for times in samples]
+    return loops[medians.index(min(medians))]
