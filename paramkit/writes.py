@@ -11,7 +11,7 @@ import weakref
 from abc import ABCMeta
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from types import TracebackType
 from typing import Any
 
@@ -60,15 +60,16 @@ def writes(model: nn.Module | Mapping[str, Tensor], *, overlap: str = "error") -
     (1.0, 0.5)
     """
     recorder = getattr(backend.active(), "Recorder", None)
-    kind = Writes if recorder is None else _compiled_writes(recorder, backend.active().Handle)
-    return kind(model, overlap)
+    if recorder is None:
+        return Writes(model, overlap)
+    if recorder not in _compiled:
+        Handle.register(backend.active().Handle)
+        _compiled[recorder] = type("Writes", (recorder, Writes), {"__module__": __name__})
+    return _compiled[recorder](model, overlap)
 
 
-@cache
-def _compiled_writes(recorder: type, handle: type) -> type[Writes]:
-    """`Writes` whose plain assignments a compiled recorder takes; its handles are of the type given."""
-    Handle.register(handle)
-    return type("Writes", (recorder, Writes), {"__module__": __name__})
+# `Writes` whose plain assignments a compiled recorder takes, by the type of the recorder.
+_compiled: dict[type, type[Writes]] = {}
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Writes:
         self._state = "new"
         self._plan: Plan | None = None
         self._planned: dict[str, Tensor] | None = None  # where the plan is still to be made
+        self._direct = False  # whether the compiled recorder wrote, for tests of the route
         self._known = self._open(model, isinstance(model, nn.Module))
         if not self._known:
             _ = self._names  # says what is wrong with the model
@@ -149,6 +151,7 @@ class Writes:
             self._recorded.clear()
             return
         if fast and self._run():
+            self._direct = True
             self._planned = self._tensors()
             return
         self._take_over()

@@ -495,8 +495,8 @@ void add_recorder(PyObject* module) {
       {Py_tp_dealloc, slot(handle_dealloc)}, {Py_tp_traverse, slot(handle_traverse)}, {Py_tp_repr, slot(handle_repr)},
       {Py_mp_subscript, slot(handle_get)},   {Py_mp_ass_subscript, slot(handle_set)}, {0, nullptr},
   };
-  PyType_Spec handle_spec = {"paramkit._C.Handle", sizeof(HandleObject), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
-                             handle_slots};
+  PyType_Spec handle_spec = {"paramkit._C.Handle", sizeof(HandleObject), 0,
+                             Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION, handle_slots};
   handle_type = make_type(handle_spec);
   PyTypeObject* recorder_type = make_type(recorder_spec);
   if (PyModule_AddObjectRef(module, "Recorder", reinterpret_cast<PyObject*>(recorder_type)) != 0 ||
