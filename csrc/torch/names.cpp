@@ -4,7 +4,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
-#include <string>
+#include <unordered_map>
 #include <utility>
 
 namespace paramkit {
@@ -180,48 +180,69 @@ bool Names::unchanged() const {
   return true;
 }
 
+size_t Names::slot_of(PyObject* tensor) const {
+  size_t slot = (reinterpret_cast<uintptr_t>(tensor) >> 4) * 0x9E3779B97F4A7C15U >> 20;
+  for (const size_t mask = slots_.size() - 1;; ++slot) {
+    const uint32_t index = slots_[slot & mask];
+    if (index == 0 || origins_[index - 1].tensor == tensor) return slot & mask;
+  }
+}
+
+void Names::add_origin(PyObject* tensor, PyObject* key, uint32_t place) {
+  origins_.push_back({Py_NewRef(tensor), Py_NewRef(key), place});
+}
+
+std::string Names::prefix(uint32_t place) const {
+  if (places_[place].key == nullptr) return {};
+  return prefix(places_[place].parent).append(ascii(places_[place].key)).append(".");
+}
+
 PyObject* Names::name_of(PyObject* tensor) {
-  if (!numbered_) {
-    numbered_ = true;
-    std::vector<PyObject*> path;
-    bool known = found_ != nullptr;
-    if (is_module_) {
-      known = known && number(model_, {}, path);
-    } else {
-      PyObject *name = nullptr, *value = nullptr;
-      for (Py_ssize_t at = 0; known && PyDict_Next(found_, &at, &name, &value) != 0;) {
-        if (names_.emplace(value, name).second) Py_INCREF(value), Py_INCREF(name);
-      }
-    }
-    if (!known) {
-      for (const auto& [value, name] : std::exchange(names_, {})) Py_DECREF(value), Py_DECREF(name);
+  if (!indexed_) {
+    indexed_ = true;
+    slots_.assign(1, 0);
+    const size_t known = index_tensors() ? origins_.size() : 0;
+    size_t size = 16;
+    while (size < 2 * known) size *= 2;
+    slots_.assign(size, 0);
+    for (size_t i = 0; i < known; ++i) {
+      uint32_t& index = slots_[slot_of(origins_[i].tensor)];
+      if (index == 0) index = static_cast<uint32_t>(i + 1);
     }
   }
-  const auto at = names_.find(tensor);
-  return at == names_.end() ? nullptr : at->second;
+  const uint32_t index = slots_[slot_of(tensor)];
+  if (index == 0) return nullptr;
+  const Origin& origin = origins_[index - 1];
+  if (!is_module_ || origin.place == 0) return Py_NewRef(origin.key);
+  return text(prefix(origin.place).append(ascii(origin.key))).release().ptr();
+}
+
+bool Names::index_tensors() {
+  places_.push_back({0, nullptr});
+  std::vector<PyObject*> path;
+  if (is_module_) return visit(model_, 0, path);
+  PyObject *name = nullptr, *tensor = nullptr;
+  for (Py_ssize_t at = 0; PyDict_Next(found_, &at, &name, &tensor) != 0;) add_origin(tensor, name, 0);
+  return true;
 }
 
 // In the order of a state dict; see module_tensors() in paramkit/sources.py.
-bool Names::number(PyObject* module, std::string_view prefix, std::vector<PyObject*>& path) {
+bool Names::visit(PyObject* module, uint32_t place, std::vector<PyObject*>& path) {
   ModuleTables tables{};
   if (path.size() > kDeepest || !read_tables(module, tables)) return false;
   path.push_back(module);
-  const auto joined = [&](PyObject* key, const char* end) {
-    return std::string(prefix).append(ascii(key)).append(end);
-  };
   PyObject *key = nullptr, *value = nullptr;
   for (PyObject* held : {tables.parameters, tables.buffers}) {
     for (Py_ssize_t at = 0; PyDict_Next(held, &at, &key, &value) != 0;) {
       if (!PyUnicode_CheckExact(key) || !PyUnicode_IS_ASCII(key)) return false;
-      if (value == Py_None || (held == tables.buffers && is_transient(tables, key)) || names_.count(value) != 0)
-        continue;
-      names_.emplace(Py_NewRef(value), text(joined(key, "")).release().ptr());
+      if (value != Py_None && !(held == tables.buffers && is_transient(tables, key))) add_origin(value, key, place);
     }
   }
   for (Py_ssize_t at = 0; PyDict_Next(tables.modules, &at, &key, &value) != 0;) {
     if (!PyUnicode_CheckExact(key) || !PyUnicode_IS_ASCII(key)) return false;
     if (value == Py_None || std::find(path.begin(), path.end(), value) != path.end()) continue;
-    if (!number(value, joined(key, "."), path)) return false;
+    places_.push_back({place, Py_NewRef(key)});
+    if (!visit(value, static_cast<uint32_t>(places_.size() - 1), path)) return false;
   }
   path.pop_back();
   return true;
@@ -237,22 +258,24 @@ int Names::traverse(visitproc visit, void* arg) const {
     Py_VISIT(link.table);
     Py_VISIT(link.value);
   }
-  for (const auto& [tensor, name] : names_) Py_VISIT(tensor);
+  for (const Origin& origin : origins_) Py_VISIT(origin.tensor);
   return 0;
 }
 
 void Names::clear() {
-  numbered_ = true;
   while (!levels_.empty()) pop();
+  indexed_ = false;
+  slots_.clear();
   const auto links = std::exchange(links_, {});
-  const auto names = std::exchange(names_, {});
+  const auto origins = std::exchange(origins_, {});
+  const auto places = std::exchange(places_, {});
   Py_CLEAR(last_);
   Py_CLEAR(last_key_);
   Py_CLEAR(found_);
   Py_CLEAR(model_);
   for (const Link& link : links) Py_DECREF(link.table), Py_DECREF(link.key), Py_DECREF(link.value);
-  for (const auto& [tensor, name] : names) Py_DECREF(tensor), Py_DECREF(name);
-  numbered_ = false;
+  for (const Origin& origin : origins) Py_DECREF(origin.tensor), Py_DECREF(origin.key);
+  for (const Place& place : places) Py_XDECREF(place.key);
 }
 
 }  // namespace paramkit

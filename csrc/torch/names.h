@@ -5,8 +5,9 @@
 #include <Python.h>
 
 #include <array>
+#include <cstdint>
+#include <string>
 #include <string_view>
-#include <unordered_map>
 #include <vector>
 
 #include "torch/modules.h"
@@ -29,7 +30,7 @@ class Names {
   // Borrowed: the tensor of a name, which is exactly torch's Tensor or Parameter.
   PyObject* find(PyObject* name);
 
-  // Borrowed: the first name of a tensor.
+  // A new reference: the first name of a tensor.
   PyObject* name_of(PyObject* tensor);
 
   // Whether every name that was found still leads to the same tensor.
@@ -68,17 +69,34 @@ class Names {
   void pop();
   PyObject* table_of(Level& level, int which);
   void link(PyObject* table, PyObject* key, PyObject* value);
-  bool number(PyObject* module, std::string_view prefix, std::vector<PyObject*>& path);
+  bool index_tensors();
+  bool visit(PyObject* module, uint32_t place, std::vector<PyObject*>& path);
+  void add_origin(PyObject* tensor, PyObject* key, uint32_t place);
+  size_t slot_of(PyObject* tensor) const;
+  std::string prefix(uint32_t place) const;
 
   PyObject* model_ = nullptr;
   bool is_module_ = false;
   PyObject* found_ = nullptr;
   std::vector<Link> links_;
   std::vector<Level> levels_;
-  PyObject* last_ = nullptr;                        // the name that levels_ lead to
-  PyObject* last_key_ = nullptr;                    // its last part
-  std::unordered_map<PyObject*, PyObject*> names_;  // of tensors; both held
-  bool numbered_ = false;
+  PyObject* last_ = nullptr;      // the name that levels_ lead to
+  PyObject* last_key_ = nullptr;  // its last part
+
+  // Where tensors are found first, for keys that are tensors; made when one is first asked for. A name is put
+  // together only for a tensor that is looked up.
+  struct Origin {
+    PyObject *tensor, *key;  // held; key: the last part of its name
+    uint32_t place;
+  };
+  struct Place {
+    uint32_t parent;
+    PyObject* key;  // held; null for the model itself
+  };
+  std::vector<Origin> origins_;
+  std::vector<Place> places_;
+  std::vector<uint32_t> slots_;  // open addressing; index of an origin + 1, or 0
+  bool indexed_ = false;
 };
 
 }  // namespace paramkit

@@ -1,6 +1,6 @@
 #include "torch/recorder.h"
 
-#include <ATen/ops/empty.h>
+#include <ATen/EmptyTensor.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -137,7 +137,8 @@ py::list Recording::entries_for_python() const {
       continue;
     }
     const Number& number = numbers[entry.number];
-    const at::Tensor value = at::empty({}, at::TensorOptions().dtype(number.type));
+    // Not through the dispatcher: no mode that is active now was when the number was recorded.
+    const at::Tensor value(at::detail::empty_cpu({}, number.type));
     std::memcpy(value.mutable_data_ptr(), number.bytes.data(), value.element_size());
     all.append(py::make_tuple(name, index, value, py::none()));
   }
@@ -162,7 +163,7 @@ bool plain(PyObject* tensor) {
 
 // The loops of `part <- value`, as torch's slice assignment: the value broadcasts, and may have more
 // dimensions than the part if those are of size 1. False if it does not fit.
-bool loops(const Part& part, int64_t width, const at::TensorImpl* value, Dim* dims) {
+bool loops(const Part& part, int64_t width, const at::TensorImpl* value, int64_t src_width, Dim* dims) {
   for (int i = 0; i < part.rank; ++i) dims[i] = {part.sizes[i], part.strides[i] * width, 0};
   if (value == nullptr) return true;
   const auto sizes = value->sizes(), strides = value->strides();
@@ -170,9 +171,15 @@ bool loops(const Part& part, int64_t width, const at::TensorImpl* value, Dim* di
   for (int64_t i = 0; i < static_cast<int64_t>(sizes.size()); ++i) {
     const auto at = static_cast<size_t>(i);
     if (i < excess ? sizes[at] != 1 : sizes[at] != 1 && sizes[at] != part.sizes[i - excess]) return false;
-    if (i >= excess && sizes[at] != 1) dims[i - excess].src = strides[at] * width;
+    if (i >= excess && sizes[at] != 1) dims[i - excess].src = strides[at] * src_width;
   }
   return true;
+}
+
+// False, and nothing added, where the kernels cannot do it.
+bool add(Program& program, char* dst, c10::ScalarType to, const char* src, c10::ScalarType from, const Dim* dims,
+         int rank) {
+  return to == from && program.add(dst, src, static_cast<int>(c10::elementSize(to)), dims, rank);
 }
 
 bool may_repeat_an_element(const at::TensorImpl& impl) {
@@ -253,19 +260,18 @@ bool Recording::run() const {
     } else {
       src = numbers[entry.number].bytes.data();
     }
-    // To be asked of the kernels once they convert.
-    if (type != (value != nullptr ? c10::typeMetaToScalarType(value->dtype()) : numbers[entry.number].type))
-      return false;
+    const auto src_type = value != nullptr ? c10::typeMetaToScalarType(value->dtype()) : numbers[entry.number].type;
+    const auto src_width = static_cast<int64_t>(c10::elementSize(src_type));
     Dim dims[kMaxRank];
-    if (!loops(part, width, value, dims)) return false;
+    if (!loops(part, width, value, src_width, dims)) return false;
     char* begin = data(dst) + part.offset * width;
     const size_t tasks = program.tasks.size();
-    if (!program.add(begin, src, static_cast<int>(width), dims, part.rank)) return false;
+    if (!add(program, begin, type, src, src_type, dims, part.rank)) return false;
     if (program.tasks.size() == tasks) {
       empty.push_back(entry.tensor);
       continue;
     }
-    int64_t written = width, read = width;
+    int64_t written = width, read = src_width;
     for (int k = 0; k < part.rank; ++k) {
       written += (dims[k].size - 1) * dims[k].dst;
       read += (dims[k].size - 1) * dims[k].src;
@@ -366,7 +372,9 @@ PyObject* recorder_get(PyObject* self, PyObject* key) {
   RecorderObject* const owner = recorder(self);
   if (owner->fast) {
     Names& names = owner->recording.names;
-    PyObject* name = PyUnicode_CheckExact(key) ? key : THPVariable_CheckExact(key) ? names.name_of(key) : nullptr;
+    py::object made;
+    if (THPVariable_CheckExact(key)) made = py::reinterpret_steal<py::object>(names.name_of(key));
+    PyObject* name = PyUnicode_CheckExact(key) ? key : made.ptr();
     PyObject* tensor = name != nullptr ? names.find(name) : nullptr;
     if (tensor != nullptr) return make_handle(self, name, tensor);
   }
