@@ -4,33 +4,35 @@
 
 namespace paramkit {
 
-void Program::add_contiguous(void* dst, const void* src, int64_t size, int width) {
+void Program::add_contiguous(void* dst, const void* src, int64_t size, int64_t width) {
   Task task;
   task.dst = static_cast<char*>(dst);
   task.src = static_cast<const char*>(src);
   task.run = size;
   task.dims = static_cast<uint32_t>(dims.size());
+  task.units = size > kLongRun ? (size + kBlock - 1) / kBlock : 1;
   task.rank = 0;
-  task.width = static_cast<uint8_t>(width);
   task.family = Family::Copy;
-  task.units = size > 4 * kBlock ? (size + kBlock - 1) / kBlock : 1;
+  task.to = task.from = bytes_of_width(width);
+  task.across = task.along = 0;
   tasks.push_back(task);
   bytes += size;
   ++families[static_cast<int>(Family::Copy)];
 }
 
-bool Program::add(void* dst, const void* src, int width, const Dim* loops, int rank) {
+bool Program::add(void* dst, const void* src, Type to, Type from, const Dim* loops, int rank) {
   Dim local[kMaxRank];
   for (int i = 0; i < rank; ++i) local[i] = loops[i];
   rank = normalize(local, rank);
   if (rank < 0) return true;
-  if (!injective(local, rank, width)) return false;
+  if (!injective(local, rank, static_cast<int>(width_of(to)))) return false;
 
   Task task;
   task.dst = static_cast<char*>(dst);
   task.src = static_cast<const char*>(src);
   task.dims = static_cast<uint32_t>(dims.size());
-  task.width = static_cast<uint8_t>(width);
+  task.to = to == from ? bytes_of_width(width_of(to)) : to;
+  task.from = to == from ? task.to : from;
   classify(task, local, rank);
   dims.insert(dims.end(), local, local + task.rank);
   tasks.push_back(task);
@@ -38,6 +40,7 @@ bool Program::add(void* dst, const void* src, int width, const Dim* loops, int r
   for (int i = 0; i < task.rank; ++i) size *= local[i].size;
   bytes += size;
   ++families[static_cast<int>(task.family)];
+  casts += task.casts();
   return true;
 }
 

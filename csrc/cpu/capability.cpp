@@ -12,8 +12,9 @@ std::vector<const Kernels*> detect() {
 #if defined(__x86_64__)
   // The builtin asks cpuid, and xgetbv for what the operating system saves.
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2")) found.push_back(&kAvx2);
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  if (avx2) found.push_back(&kAvx2);
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
     found.push_back(&kAvx512);
   }

@@ -8,8 +8,10 @@ namespace paramkit::cpu {
 
 struct Kernels {
   const char* name;
-  // Runs the part of the program between two cuts. `stream`: long contiguous runs bypass the cache.
+  // Runs the part of the program between two cuts. `stream`: long stores bypass the cache.
   void (*run)(const Program& program, Cut from, Cut to, bool stream);
+  // Converts n contiguous elements.
+  void (*cast)(Type to, Type from, char* dst, const char* src, int64_t n);
 };
 
 extern const Kernels kScalar;
@@ -17,5 +19,9 @@ extern const Kernels kScalar;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 #endif
+
+// What is too large for float8_e4m3fn becomes its largest value, as in torch from 2.13 on, or NaN, as
+// before. Set once, from what the installed torch does.
+extern bool e4m3fn_saturates;
 
 }  // namespace paramkit::cpu

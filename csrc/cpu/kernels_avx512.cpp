@@ -2,33 +2,80 @@
 
 #if defined(__x86_64__)
 
+// GCC 12 takes what its own header leaves undefined on purpose for a mistake.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 #include <immintrin.h>
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
+#include "core/classify.h"
 #include "cpu/target.h"
 
-PARAMKIT_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
+PARAMKIT_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,f16c,prefer-vector-width=512")
 
 namespace paramkit::cpu {
 namespace avx512 {
 
+#include "cpu/kernels/lane.inc"
+
 struct Vec {
   static constexpr int64_t kBytes = 64;
+  static constexpr int kLanes = 4;
   static constexpr bool kStreams = true;
   using Reg = __m512i;
   static Reg load(const char* p) { return _mm512_loadu_si512(p); }
   static void store(char* p, Reg r) { _mm512_storeu_si512(p, r); }
   static void stream(char* p, Reg r) { _mm512_stream_si512(reinterpret_cast<Reg*>(p), r); }
   static void fence() { _mm_sfence(); }
+  static Reg gather(const char* p, int64_t step) {
+    Reg r = _mm512_castsi128_si512(lane(p));
+    r = _mm512_inserti32x4(r, lane(p + step), 1);
+    r = _mm512_inserti32x4(r, lane(p + 2 * step), 2);
+    return _mm512_inserti32x4(r, lane(p + 3 * step), 3);
+  }
+  template <int W>
+  static Reg lo(Reg a, Reg b) {
+    return W == 1   ? _mm512_unpacklo_epi8(a, b)
+           : W == 2 ? _mm512_unpacklo_epi16(a, b)
+           : W == 4 ? _mm512_unpacklo_epi32(a, b)
+                    : _mm512_unpacklo_epi64(a, b);
+  }
+  template <int W>
+  static Reg hi(Reg a, Reg b) {
+    return W == 1   ? _mm512_unpackhi_epi8(a, b)
+           : W == 2 ? _mm512_unpackhi_epi16(a, b)
+           : W == 4 ? _mm512_unpackhi_epi32(a, b)
+                    : _mm512_unpackhi_epi64(a, b);
+  }
+  static int64_t from_half(void* dst, const void* src, int64_t n) {
+    for (int64_t i = 0; i < n / 16; ++i) {
+      const __m256i half = _mm256_loadu_si256(static_cast<const __m256i*>(src) + i);
+      _mm512_storeu_ps(static_cast<float*>(dst) + 16 * i, _mm512_cvtph_ps(half));
+    }
+    return n & ~int64_t{15};
+  }
+  static int64_t to_half(void* dst, const void* src, int64_t n) {
+    for (int64_t i = 0; i < n / 16; ++i) {
+      const __m512 wide = _mm512_loadu_ps(static_cast<const float*>(src) + 16 * i);
+      _mm256_storeu_si256(static_cast<__m256i*>(dst) + i, _mm512_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT));
+    }
+    return n & ~int64_t{15};
+  }
+
+ private:
+  static __m128i lane(const char* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 };
 
 #include "cpu/kernels.inc"
 
 }  // namespace avx512
 
-const Kernels kAvx512 = {"avx512", avx512::run_program};
+const Kernels kAvx512 = {"avx512", avx512::run_program, avx512::cast_elements};
 
 }  // namespace paramkit::cpu
 

@@ -3,30 +3,30 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
+
+#include "core/classify.h"
 
 namespace paramkit::cpu {
 namespace scalar {
 
-struct Vec {
+#include "cpu/kernels/lane.inc"
+
+struct Vec : Lane {
   static constexpr int64_t kBytes = 16;
+  static constexpr int kLanes = 1;
   static constexpr bool kStreams = false;
-  struct Reg {
-    char b[16];
-  };
-  static Reg load(const char* p) {
-    Reg r;
-    std::memcpy(&r, p, 16);
-    return r;
-  }
-  static void store(char* p, Reg r) { std::memcpy(p, &r, 16); }
   static void stream(char* p, Reg r) { store(p, r); }
   static void fence() {}
+  static Reg gather(const char* p, int64_t) { return load(p); }
+  static int64_t from_half(void*, const void*, int64_t) { return 0; }
+  static int64_t to_half(void*, const void*, int64_t) { return 0; }
 };
 
 #include "cpu/kernels.inc"
 
 }  // namespace scalar
 
-const Kernels kScalar = {"scalar", scalar::run_program};
+const Kernels kScalar = {"scalar", scalar::run_program, scalar::cast_elements};
 
 }  // namespace paramkit::cpu

@@ -13,15 +13,16 @@ using Parallel = void (*)(int n, void (*body)(void*, int), void* context);
 // Below this many bytes a second thread costs more to wake than it saves.
 inline constexpr int64_t kParallelBytes = 256 << 10;
 
-// A destination larger than this in all goes past the cache. Measured with 2 threads of an AVX-512
-// machine: ordinary stores win up to the cache's size, streaming ones by 1.5x and more beyond it.
+// Programs that write at least this many bytes in all go past the cache. PARAMKIT_STREAM_BYTES and
+// set_stream_bytes() override what was measured; a negative number restores it.
 int64_t stream_bytes();
+void set_stream_bytes(int64_t bytes);
 
 // Runs the tasks [first, last) of a program. `threads` > 1 promises that no two tasks touch the same
 // destination memory; tasks run in order when it is 1.
 void run(const Program& program, size_t first, size_t last, int threads, Parallel parallel);
 
-// Whether every destination holds what its source says, bit for bit, for one task.
+// Whether the destination holds what its source says, bit for bit (after a cast, any NaN equals any).
 bool equal(const Program& program, const Task& task);
 
 }  // namespace paramkit::cpu

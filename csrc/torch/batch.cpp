@@ -20,8 +20,6 @@ Routes& routes() {
 
 namespace {
 
-constexpr int kNative = kFamilies;
-
 std::string entry(const char* list, const char* single, int64_t index) {
   return index < 0 ? std::string(single) : std::string(list) + "[" + std::to_string(index) + "]";
 }
@@ -83,7 +81,8 @@ bool share_memory(const Program& program, size_t first, size_t last) {
   spans.reserve(2 * (last - first));
   for (size_t t = first; t < last; ++t) {
     const Task& task = program.tasks[t];
-    int64_t dst = task.run, src = task.family == Family::Fill ? task.width : task.run;
+    int64_t dst = task.run;
+    int64_t src = task.family == Family::Fill ? task.src_width() : task.run / task.width() * task.src_width();
     for (int i = 0; i < task.rank; ++i) {
       const Dim& dim = program.dims[task.dims + static_cast<size_t>(i)];
       dst += (dim.size - 1) * dim.dst;
@@ -236,7 +235,7 @@ void Batch::copy(Place place, const at::Tensor& dst, const at::Tensor& src) {
   if (detached && how == Access::Plain && to.dtype() == from.dtype() && to.is_contiguous() && from.is_contiguous() &&
       to.sizes() == from.sizes()) {
     const auto type = c10::typeMetaToScalarType(to.dtype());
-    const auto width = static_cast<int>(to.itemsize());
+    const auto width = static_cast<int64_t>(to.itemsize());
     const int64_t bytes = to.numel() * width;
     char* d = data(to);
     const char* s = data(from);
@@ -277,14 +276,14 @@ void Batch::copy_strided(Place place, const at::Tensor& dst, const at::Tensor& s
   bool recorded = false;
   in_context(place, dst_name, [&] { recorded = records(dst, &from); });
   if (recorded || meets) return defer_copy(dst, src);
-  if (to_type != from_type) return defer_cast(dst, src);
+  Type to_kernel{}, from_kernel{};
+  if (!kernel_types(to_type, from_type, to_kernel, from_kernel)) return defer_cast(dst, src);
 
   Dim dims[kMaxRank];
   const int rank = loops(to, from, dims);
-  const int width = static_cast<int>(to.itemsize());
   if (written) {
     // Destinations that may hold one element twice (as_strided windows) keep torch's order of writes.
-    if (!program_.add(data(to), data(from), width, dims, rank)) return defer_copy(dst, src);
+    if (!program_.add(data(to), data(from), to_kernel, from_kernel, dims, rank)) return defer_copy(dst, src);
   }
   bumps_.push_back(dst.unsafeGetTensorImpl());
 }
@@ -318,10 +317,12 @@ void Batch::fill(Place place, const at::Tensor& dst, Number& number) {
     recorded = records(dst, nullptr);
   });
   Dim dims[kMaxRank];
-  const int rank = static_cast<int>(to.dim()), width = static_cast<int>(to.itemsize());
+  const int rank = static_cast<int>(to.dim());
+  const auto width = static_cast<int64_t>(to.itemsize());
+  const Type type = bytes_of_width(width);
   const auto sizes = to.sizes(), strides = to.strides();
   for (int i = 0; i < rank; ++i) dims[i] = {sizes[i], strides[i] * width, 0};
-  if (recorded || (written && !program_.add(data(to), bytes, width, dims, rank))) return defer_fill(dst, number.value);
+  if (recorded || (written && !program_.add(data(to), bytes, type, type, dims, rank))) return defer_fill(dst, number.value);
   bumps_.push_back(dst.unsafeGetTensorImpl());
 }
 
@@ -345,8 +346,8 @@ void Batch::run(bool non_blocking) {
   if (runs_python()) {
     for (at::TensorImpl* impl : bumps_) held.push_back(c10::intrusive_ptr<at::TensorImpl>::reclaim_copy(impl));
   }
-  for (int f = 0; f < kFamilies; ++f) routes()[static_cast<size_t>(f)] += program_.families[f];
-  routes()[kNative] += static_cast<int64_t>(deferred_.size());
+  routes().add(program_);
+  routes().native += static_cast<int64_t>(deferred_.size());
   size_t done = 0;
   for (const Deferred& deferred : deferred_) {
     run_tasks(program_, done, deferred.before, false);

@@ -15,9 +15,18 @@
 
 namespace paramkit {
 
-// Writes by family on this thread, for tests that assert the route; the last entry counts pairs that
-// went to torch's own copy_ and fill_.
-using Routes = std::array<int64_t, kFamilies + 1>;
+// Writes on this thread by kernel family, and those that went to torch's own copy_ and fill_, for tests
+// that assert the route.
+struct Routes {
+  int64_t families[kFamilies] = {};
+  int64_t casts = 0;  // of those, how many converted
+  int64_t native = 0;
+
+  void add(const Program& program) {
+    for (int f = 0; f < kFamilies; ++f) families[f] += program.families[f];
+    casts += program.casts;
+  }
+};
 Routes& routes();
 
 class Batch {

@@ -5,6 +5,7 @@
 
 #include "core/task.h"
 #include "cpu/capability.h"
+#include "cpu/run.h"
 #include "torch/batch.h"
 #include "torch/load_state_dict.h"
 #include "torch/plan.h"
@@ -53,10 +54,10 @@ void set_capability(const std::string& name) {
 
 py::dict routes() {
   py::dict counts;
-  for (int f = 0; f < paramkit::kFamilies; ++f) {
-    counts[paramkit::kFamilyNames[f]] = paramkit::routes()[static_cast<size_t>(f)];
-  }
-  counts["native"] = paramkit::routes()[paramkit::kFamilies];
+  const paramkit::Routes& done = paramkit::routes();
+  for (int f = 0; f < paramkit::kFamilies; ++f) counts[paramkit::kFamilyNames[f]] = done.families[f];
+  counts["cast"] = done.casts;
+  counts["native"] = done.native;
   return counts;
 }
 
@@ -65,6 +66,7 @@ py::dict routes() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("NAME") = "cpu";
   Plan::prepare();
+  paramkit::adopt_numerics();
   paramkit::prepare_load_state_dict();
   if (PyModule_AddFunctions(m.ptr(), paramkit::kOperators) != 0) throw py::error_already_set();
   paramkit::add_recorder(m.ptr());
@@ -72,6 +74,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("capabilities", &capabilities);
   m.def("set_capability", &set_capability);
   m.def("routes", &routes);
+  m.def("stream_bytes", &paramkit::cpu::stream_bytes);
+  m.def("set_stream_bytes", [](int64_t bytes) {
+    const int64_t before = paramkit::cpu::stream_bytes();
+    paramkit::cpu::set_stream_bytes(bytes);
+    return before;
+  });
   m.def("torch_version", [] { return std::string(TORCH_VERSION); });
   py::class_<Plan>(m, "Plan")
       .def(py::init(&make_plan))

@@ -107,17 +107,19 @@ void Plan::compile(size_t w) {
   const at::TensorImpl& dst = *dsts_.at(static_cast<size_t>(write.dst)).unsafeGetTensorImpl();
   const at::TensorImpl& src = *srcs_.at(static_cast<size_t>(write.src)).unsafeGetTensorImpl();
   const size_t rank = write.sizes.size();
-  if (access(dst) == Access::Native || access(src) == Access::Native || dst.dtype() != src.dtype() || rank > kMaxRank) {
+  Type to{}, from{};
+  if (access(dst) == Access::Native || access(src) == Access::Native || rank > kMaxRank ||
+      !kernel_types(c10::typeMetaToScalarType(dst.dtype()), c10::typeMetaToScalarType(src.dtype()), to, from)) {
     native_.push_back(static_cast<uint32_t>(w));
     return;
   }
-  const auto width = static_cast<int64_t>(dst.itemsize());
+  const int64_t width = width_of(to), src_width = width_of(from);
   Dim dims[kMaxRank];
   for (size_t i = 0; i < rank; ++i)
-    dims[i] = {write.sizes[i], write.dst_strides[i] * width, write.src_strides[i] * width};
+    dims[i] = {write.sizes[i], write.dst_strides[i] * width, write.src_strides[i] * src_width};
   const size_t before = program_.tasks.size();
-  if (!program_.add(data(dst) + write.dst_offset * width, data(src) + write.src_offset * width, static_cast<int>(width),
-                    dims, static_cast<int>(rank))) {
+  if (!program_.add(data(dst) + write.dst_offset * width, data(src) + write.src_offset * src_width, to, from, dims,
+                    static_cast<int>(rank))) {
     native_.push_back(static_cast<uint32_t>(w));
   }
   if (program_.tasks.size() > before) task_write_.push_back(static_cast<uint32_t>(w));
@@ -268,8 +270,8 @@ bool Plan::rebind(const py::dict& tensors, const py::list& names) {
   }
   for (size_t t = 0; t < program_.tasks.size(); ++t) {
     const Write& write = writes_[task_write_[t]];
-    program_.tasks[t].src =
-        data(*srcs_[static_cast<size_t>(write.src)].unsafeGetTensorImpl()) + write.src_offset * program_.tasks[t].width;
+    const at::TensorImpl& src = *srcs_[static_cast<size_t>(write.src)].unsafeGetTensorImpl();
+    program_.tasks[t].src = data(src) + write.src_offset * static_cast<int64_t>(src.itemsize());
   }
   return false;
 }
@@ -311,13 +313,13 @@ bool Plan::run(const py::object& progress) {
   }
   if (!plain_context()) {  // a mode or a tracer: it has to see every write
     for (size_t w = 0; w < writes_.size(); ++w) copy_native(w);
-    routes()[kFamilies] += static_cast<int64_t>(writes_.size());
+    routes().native += static_cast<int64_t>(writes_.size());
     tell_all();
     return true;
   }
   for (const Snapshot& dst : dst_snapshots_) dst.impl->bump_version();
-  for (int f = 0; f < kFamilies; ++f) routes()[static_cast<size_t>(f)] += program_.families[f];
-  routes()[kFamilies] += static_cast<int64_t>(native_.size());
+  routes().add(program_);
+  routes().native += static_cast<int64_t>(native_.size());
   if (ordered_ || !progress.is_none()) {
     run_in_pieces(progress);
     return true;

@@ -12,6 +12,8 @@
 #include <atomic>
 #include <cstring>
 
+#include "cpu/kernels.h"
+
 namespace paramkit {
 
 Range range(const at::TensorImpl& impl) {
@@ -42,6 +44,51 @@ void check_conversion(c10::ScalarType dst, c10::ScalarType src) {
   c10::InferenceMode guard;  // one element, invisible to autograd
   at::empty({1}, at::TensorOptions().dtype(dst)).copy_(at::empty({1}, at::TensorOptions().dtype(src)));
   works(dst, src).store(true, std::memory_order_relaxed);
+}
+
+namespace {
+
+// Bytes1 where the kernels only move.
+Type convertible(c10::ScalarType type) {
+  switch (type) {
+    case c10::ScalarType::Double: return Type::Float64;
+    case c10::ScalarType::Float: return Type::Float32;
+    case c10::ScalarType::Half: return Type::Float16;
+    case c10::ScalarType::BFloat16: return Type::BFloat16;
+    case c10::ScalarType::Float8_e4m3fn: return Type::Float8E4M3FN;
+    case c10::ScalarType::Float8_e4m3fnuz: return Type::Float8E4M3FNUZ;
+    case c10::ScalarType::Float8_e5m2: return Type::Float8E5M2;
+    case c10::ScalarType::Float8_e5m2fnuz: return Type::Float8E5M2FNUZ;
+    case c10::ScalarType::Float8_e8m0fnu: return Type::Float8E8M0FNU;
+    case c10::ScalarType::Char: return Type::Int8;
+    case c10::ScalarType::Short: return Type::Int16;
+    case c10::ScalarType::Int: return Type::Int32;
+    case c10::ScalarType::Long: return Type::Int64;
+    case c10::ScalarType::Byte: return Type::UInt8;
+    case c10::ScalarType::UInt16: return Type::UInt16;
+    case c10::ScalarType::UInt32: return Type::UInt32;
+    case c10::ScalarType::UInt64: return Type::UInt64;
+    case c10::ScalarType::Bool: return Type::Bool;
+    default: return Type::Bytes1;
+  }
+}
+
+}  // namespace
+
+bool kernel_types(c10::ScalarType dst, c10::ScalarType src, Type& to, Type& from) {
+  if (dst == src) {
+    to = from = bytes_of_width(static_cast<int64_t>(c10::elementSize(dst)));
+    return true;
+  }
+  to = convertible(dst), from = convertible(src);
+  return to != Type::Bytes1 && from != Type::Bytes1;
+}
+
+void adopt_numerics() {
+  c10::InferenceMode guard;
+  const auto large = at::empty({1}, at::TensorOptions().dtype(c10::ScalarType::Float)).fill_(480.0);
+  const auto narrow = at::empty({1}, at::TensorOptions().dtype(c10::ScalarType::Float8_e4m3fn)).copy_(large);
+  cpu::e4m3fn_saturates = *static_cast<const uint8_t*>(narrow.const_data_ptr()) == 0x7e;
 }
 
 namespace {

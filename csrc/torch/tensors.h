@@ -53,6 +53,13 @@ struct Range {
 };
 Range range(const at::TensorImpl& impl);
 
+// How the kernels see a pair of dtypes: equal ones as bytes of their width. False if they cannot
+// convert one to the other.
+bool kernel_types(c10::ScalarType dst, c10::ScalarType src, Type& to, Type& from);
+
+// Asks torch what the kernels have to do alike, once, at import.
+void adopt_numerics();
+
 // Whether check_conversion() has found the pair to work before.
 bool conversion_known(c10::ScalarType dst, c10::ScalarType src);
 

@@ -11,16 +11,22 @@ FAMILIES = ("copy", "rows", "transpose", "general", "fill", "native")
 
 @dataclass
 class Trace:
-    """The writes done inside a :func:`trace` block, by kernel family."""
+    """The writes done inside a :func:`trace` block.
+
+    Attributes:
+        routes: how many, by kernel family; "native" is torch's own `copy_` or `fill_`.
+        casts: how many of them the kernels converted on the way.
+    """
 
     routes: dict[str, int] = field(default_factory=dict)
+    casts: int = 0
 
 
 def counts() -> dict[str, int]:
-    """Writes done by this thread since it started, by kernel family (all zero at first)."""
+    """Writes done by this thread since it started, by kernel family, and how many were a "cast"."""
     from . import loader, native
 
-    total = dict.fromkeys(FAMILIES, 0)
+    total = dict.fromkeys((*FAMILIES, "cast"), 0)
     total["native"] += native.writes_done()
     extension = loader.extension()
     if extension is not None:
@@ -46,3 +52,4 @@ def trace() -> Iterator[Trace]:
     finally:
         after = counts()
         result.routes = {f: after[f] - before[f] for f in FAMILIES if after[f] != before[f]}
+        result.casts = after["cast"] - before["cast"]
