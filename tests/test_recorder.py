@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import paramkit
 from tests.guards import (
+    assert_same_bits,
     nothing_written,
     place,
     random_layout,
@@ -394,6 +395,42 @@ def test_routes_of_many(backend: str) -> None:
                 w[name][0] = rows
     assert trace.routes == ({"fill": 25, "copy": 25} if is_compiled(backend) else {"native": 50})
     assert all(torch.equal(t[0], rows) for t in list(model.values())[::2])
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int64], ids=str
+)
+def test_conversions_are_direct(backend: str, dtype: torch.dtype) -> None:
+    values = (torch.randn(5, 3, 7) * 50).to(dtype)
+    ours, theirs = torch.zeros(3, 5, 9), torch.zeros(3, 5, 9)
+    theirs[:, :, 2::1][..., :7] = values.transpose(0, 1)
+    theirs[1, :, 0] = values[0, 0, 0]
+    with paramkit.backend.trace() as trace, paramkit.writes({"x": ours}) as w:
+        w["x"][:, :, 2:] = values.transpose(0, 1)
+        w["x"][1, :, 0] = values[0, 0, 0]
+    assert_same_bits(ours, theirs)
+    assert w._direct == (is_compiled(backend) and trace.casts == 2)
+    assert w._direct or dtype not in (torch.bfloat16, torch.float16) or not is_compiled(backend)
+
+
+def test_what_the_kernels_do_not_convert(backend: str) -> None:
+    x = torch.zeros(3, dtype=torch.complex64)
+    with paramkit.writes({"x": x}) as w:
+        w["x"][1:] = torch.tensor([1, 2], dtype=torch.int16)
+    assert x.tolist() == [0, 1, 2]
+
+
+def test_large_tensors(backend: str) -> None:
+    model = {name: torch.zeros(700, 900) for name in "abc"}
+    value = torch.rand(350, 900)
+    with paramkit.writes(model) as w:
+        w["a"][::2] = value
+        w["b"][:, 100:] = 2.0
+        w["c"][350:] = value
+    assert torch.equal(model["a"][::2], value) and not model["a"][1::2].any()
+    assert (model["b"][:, 100:] == 2).all() and not model["b"][:, :100].any()
+    assert torch.equal(model["c"][350:], value) and not model["c"][:350].any()
+    assert w._direct == is_compiled(backend)
 
 
 # Names.

@@ -179,7 +179,8 @@ bool loops(const Part& part, int64_t width, const at::TensorImpl* value, int64_t
 // False, and nothing added, where the kernels cannot do it.
 bool add(Program& program, char* dst, c10::ScalarType to, const char* src, c10::ScalarType from, const Dim* dims,
          int rank) {
-  return to == from && program.add(dst, src, static_cast<int>(c10::elementSize(to)), dims, rank);
+  Type to_kernel{}, from_kernel{};
+  return kernel_types(to, from, to_kernel, from_kernel) && program.add(dst, src, to_kernel, from_kernel, dims, rank);
 }
 
 bool may_repeat_an_element(const at::TensorImpl& impl) {
@@ -292,7 +293,7 @@ bool Recording::run() const {
     if (span.written) raise(entries[span.entry].tensor);
   }
   for (PyObject* tensor : empty) raise(tensor);
-  for (int f = 0; f < kFamilies; ++f) routes()[static_cast<size_t>(f)] += program.families[f];
+  routes().add(program);
   run_tasks(program, 0, program.tasks.size(), true);
   return true;
 }
