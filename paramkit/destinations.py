@@ -13,7 +13,15 @@ from .backend.checks import has_no_memory
 from .errors import Finding, PlanError
 from .sources import module_tensors
 
-__all__ = ["Destination", "Place", "destinations_of", "is_lazy", "layout_finding", "memory_key"]
+__all__ = [
+    "Destination",
+    "Place",
+    "destinations_of",
+    "is_lazy",
+    "layout_finding",
+    "memory_key",
+    "named_destinations",
+]
 
 Path = tuple[tuple[nn.Module, str, nn.Module], ...]
 
@@ -51,8 +59,8 @@ class Destination:
     alias_places: tuple[Place, ...] = ()
 
 
-def destinations_of(model: nn.Module | Mapping[str, Tensor]) -> list[Destination]:
-    """The tensors of a model, one for each memory, with all their names.
+def named_destinations(model: nn.Module | Mapping[str, Tensor]) -> list[Destination]:
+    """The tensors of a model, one for each name.
 
     Args:
         model: a module or a mapping from names to tensors.
@@ -60,19 +68,13 @@ def destinations_of(model: nn.Module | Mapping[str, Tensor]) -> list[Destination
     Raises:
         TypeError: another type.
         PlanError: a mapping with values that are no tensors.
-
-    Example:
-        >>> tied = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
-        >>> tied[1].weight = tied[0].weight
-        >>> [(d.name, d.aliases) for d in destinations_of(tied)][0]
-        ('0.weight', ('1.weight',))
     """
     if isinstance(model, nn.Module):
-        found = [
+        return [
             Destination(name, tensor, owner, key, kind, path)
             for name, tensor, owner, key, kind, path in module_tensors(model)
         ]
-    elif isinstance(model, Mapping):
+    if isinstance(model, Mapping):
         wrong = [
             Finding(str(n), "type", type(t).__name__, "a tensor")
             for n, t in model.items()
@@ -82,13 +84,26 @@ def destinations_of(model: nn.Module | Mapping[str, Tensor]) -> list[Destination
             raise PlanError(
                 f"model: {len(wrong)} entries are not named tensors; nothing was written.", wrong
             )
-        found = [Destination(name, tensor, None, name, "tensor") for name, tensor in model.items()]
-    else:
-        raise TypeError(
-            f"model must be an nn.Module or a mapping from names to tensors, got {type(model).__name__}"
-        )
+        return [Destination(name, tensor, None, name, "tensor") for name, tensor in model.items()]
+    raise TypeError(
+        f"model must be an nn.Module or a mapping from names to tensors, got {type(model).__name__}"
+    )
+
+
+def destinations_of(model: nn.Module | Mapping[str, Tensor]) -> list[Destination]:
+    """The tensors of a model, one for each memory, with all their names.
+
+    Raises:
+        TypeError, PlanError: as `named_destinations`.
+
+    Example:
+        >>> tied = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+        >>> tied[1].weight = tied[0].weight
+        >>> [(d.name, d.aliases) for d in destinations_of(tied)][0]
+        ('0.weight', ('1.weight',))
+    """
     by_memory: dict[object, Destination] = {}
-    for destination in found:
+    for destination in named_destinations(model):
         first = by_memory.setdefault(memory_key(destination.tensor), destination)
         if first is not destination:
             first.aliases += (destination.name,)

@@ -1,18 +1,26 @@
-"""`writes`: slice assignments recorded by name, checked together, and done in one fused pass."""
+"""`writes`: slice assignments recorded by name, checked together, and done in one fused pass.
+
+What is here is complete, and says everything that can be wrong. The compiled backend has a `Recorder`
+that takes the plain case out of its hands, names, indices, checks and the pass: it records until it meets
+something that is not plain, writes at the end if it is sure, and hands all it recorded to Python otherwise.
+"""
 
 from __future__ import annotations
 
 import weakref
+from abc import ABCMeta
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import backend
 from .backend import checks
-from .destinations import Destination, destinations_of, layout_finding
+from .destinations import Destination, destinations_of, layout_finding, named_destinations
 from .errors import Finding, PlanError, UnknownNameError, suggest
 from .lists import NUMBERS
 from .plan import Plan
@@ -33,7 +41,10 @@ def writes(model: nn.Module | Mapping[str, Tensor], *, overlap: str = "error") -
         overlap: "error": two writes of one element are refused. "last": the later one wins.
 
     Returns:
-        A context manager; its `plan` is the `Plan`, once the block has ended.
+        A context manager; its `plan` is the `Plan` of these writes, once the block has ended. It is worked
+        out when it is first asked for, from the values that were recorded and from the model as it is
+        then: it has other memory of a parameter, but not another parameter, which it refuses to write
+        until `plan.refresh()`. What does not fit any more raises PlanError there.
 
     Raises:
         PlanError: at the end of the block, with everything that is wrong.
@@ -48,7 +59,17 @@ def writes(model: nn.Module | Mapping[str, Tensor], *, overlap: str = "error") -
     >>> conv.weight[0, 0, 0, 0].item(), conv.weight[0, 0, 1, 1].item()
     (1.0, 0.5)
     """
-    return Writes(model, overlap)
+    recorder = getattr(backend.active(), "Recorder", None)
+    if recorder is None:
+        return Writes(model, overlap)
+    if recorder not in _compiled:
+        Handle.register(backend.active().Handle)
+        _compiled[recorder] = type("Writes", (recorder, Writes), {"__module__": __name__})
+    return _compiled[recorder](model, overlap)
+
+
+# `Writes` whose plain assignments a compiled recorder takes, by the type of the recorder.
+_compiled: dict[type, type[Writes]] = {}
 
 
 @dataclass(frozen=True)
@@ -61,30 +82,52 @@ class _Recorded:
 
 
 class Writes:
-    """The recorder that `paramkit.writes` returns.
-
-    Attributes:
-        plan: after the block, the plan that was applied; `plan.apply()` writes again.
-    """
+    """The recorder that `paramkit.writes` returns."""
 
     def __init__(self, model: nn.Module | Mapping[str, Tensor], overlap: str) -> None:
         if overlap not in ("error", "last"):
             raise ValueError(f'writes: overlap must be "error" or "last", got {overlap!r}')
         self._model = model
         self._overlap = overlap
-        self._names: dict[str, Tensor] = {}
-        self._ids: dict[int, str] = {}
-        for d in destinations_of(model):
-            for name in (d.name, *d.aliases):
-                self._names[name] = d.tensor
-            self._ids[id(d.tensor)] = d.name
-        if isinstance(model, nn.Module):
-            # Tied weights may be two objects; each is a key.
-            for name, parameter in model.named_parameters(remove_duplicate=False):
-                self._ids.setdefault(id(parameter), name)
         self._recorded: list[_Recorded] = []
         self._state = "new"
-        self.plan: Plan | None = None
+        self._plan: Plan | None = None
+        self._planned: dict[str, Tensor] | None = None  # where the plan is still to be made
+        self._direct = False  # whether the compiled recorder wrote, for tests of the route
+        self._known = self._open(model, isinstance(model, nn.Module))
+        if not self._known:
+            _ = self._names  # says what is wrong with the model
+
+    # --- what a compiled recorder does instead: see csrc/torch/recorder.cpp ---
+
+    _fast = False  # whether it is at it
+
+    def _open(self, model: Any, is_module: bool) -> bool:
+        """Whether it can look up the names of this model."""
+        return False
+
+    def _run(self) -> bool:
+        """Check and write what it recorded. False, and nothing written, if that is for Python to do."""
+        return False
+
+    def _take(self) -> list[tuple[str, Any, Tensor, int | None]]:
+        """Hand over what it recorded, and record no more."""
+        return []
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The tensors that it knows, among them all that it wrote."""
+        return {}
+
+    # --- public ---
+
+    @property
+    def plan(self) -> Plan | None:
+        """After the block, the plan of its writes; `plan.apply()` writes again."""
+        if self._planned is not None:
+            self._take_over()
+            self._plan = _WritesPlan(self._model, self._recorded, self._overlap, self._planned)
+            self._planned = None
+        return self._plan
 
     def __enter__(self) -> Writes:
         if self._state != "new":
@@ -92,6 +135,7 @@ class Writes:
                 "this writes() block was used already; call paramkit.writes(model) again."
             )
         self._state = "open"
+        self._fast = self._known
         return self
 
     def __exit__(
@@ -101,9 +145,16 @@ class Writes:
         trace: TracebackType | None,
     ) -> None:
         self._state = "closed"
+        fast, self._fast = self._fast, False
         if kind is not None:
+            self._take()
             self._recorded.clear()
             return
+        if fast and self._run():
+            self._direct = True
+            self._planned = self._tensors()
+            return
+        self._take_over()
         changed = [
             Finding(
                 r.text,
@@ -121,9 +172,32 @@ class Writes:
             )
         made = _WritesPlan(self._model, self._recorded, self._overlap)
         made.apply()
-        self.plan = made
+        self._plan = made
 
     def __getitem__(self, key: str | Tensor) -> Handle:
+        return _Handle(self, self._find(key))
+
+    def __setitem__(self, key: object, value: object) -> None:
+        raise TypeError(
+            "writes: assign to a slice of the handle: w[name][...] = value, not w[name] = value"
+        )
+
+    # --- recording ---
+
+    @cached_property
+    def _names(self) -> dict[str, Tensor]:
+        return {d.name: d.tensor for d in named_destinations(self._model)}
+
+    @cached_property
+    def _ids(self) -> dict[int, str]:
+        # Tied weights may be two objects; each is a key.
+        ids: dict[int, str] = {}
+        for name, tensor in self._names.items():
+            ids.setdefault(id(tensor), name)
+        return ids
+
+    def _find(self, key: str | Tensor) -> str:
+        """The name that a key stands for."""
         if isinstance(key, Tensor):
             name = self._ids.get(id(key))
             if name is None:
@@ -132,7 +206,7 @@ class Writes:
                     "pass the parameter itself (not a view or .data of it), or its name",
                     [],
                 )
-            return Handle(self, name)
+            return name
         if key not in self._names:
             near = suggest(str(key), self._names)
             hint = f"did you mean {near}?" if near else "the names are those of model.state_dict()"
@@ -140,20 +214,27 @@ class Writes:
                 "writes: the model has no such tensor; nothing was written.",
                 [Finding(str(key), "unknown", hint=hint)],
             )
-        return Handle(self, key)
+        return key
 
-    def __setitem__(self, key: object, value: object) -> None:
-        raise TypeError(
-            "writes: assign to a slice of the handle: w[name][...] = value, not w[name] = value"
-        )
+    def _take_over(self) -> None:
+        self._recorded += [
+            _Recorded(name, index, value, version, _text(name, index))
+            for name, index, value, version in self._take()
+        ]
 
-    def _record(self, name: str, index: Any, value: Any) -> None:
+    def _assign(self, name: str, index: Any, value: Any) -> None:
+        if isinstance(value, Handle):
+            raise TypeError("writes: a handle cannot be read; assign a tensor or a number")
+        recorded = self._record(name, _checked_index(name, index), value)
+        self._take_over()
+        self._recorded.append(recorded)
+
+    def _record(self, name: str, index: Any, value: Any) -> _Recorded:
         if self._state != "open":
             raise PlanError("writes: this block has ended; nothing more can be recorded in it.")
-        text = f"{name}[{_index_text(index)}]"
+        text = _text(name, index)
         if isinstance(value, Tensor):
-            self._recorded.append(_Recorded(name, index, value, _version(value), text))
-            return
+            return _Recorded(name, index, value, _version(value), text)
         if not isinstance(value, NUMBERS):
             raise TypeError(
                 f"writes: {text} = {type(value).__name__}: expected a number or a tensor"
@@ -165,12 +246,28 @@ class Writes:
             one[...] = value
         except (RuntimeError, ValueError, NotImplementedError) as error:
             raise type(error)(f"writes: {text} = {value!r} of {dtype}: {error}") from None
-        self._recorded.append(_Recorded(name, index, one, None, text))
+        return _Recorded(name, index, one, None, text)
+
+    def _refuse_read(self, name: str, index: Any) -> Any:
+        raise TypeError(
+            f"writes: {_text(name, index)} was read (as `+=` does), but a recorded tensor can "
+            "only be assigned; compute the value first, from the parameter itself"
+        )
 
 
-class Handle:
+class Handle(metaclass=ABCMeta):  # noqa: B024  the compiled recorder's handle is registered as one
     """A tensor of the model, for recording slice assignments; it cannot be read."""
 
+    __slots__ = ()
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise NotImplementedError
+
+    def __getitem__(self, index: Any) -> Any:
+        raise NotImplementedError
+
+
+class _Handle(Handle):
     __slots__ = ("_name", "_writes")
 
     def __init__(self, owner: Writes, name: str) -> None:
@@ -178,15 +275,10 @@ class Handle:
         self._name = name
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        if isinstance(value, Handle):
-            raise TypeError("writes: a handle cannot be read; assign a tensor or a number")
-        self._writes._record(self._name, _checked_index(self._name, index), value)
+        self._writes._assign(self._name, index, value)
 
     def __getitem__(self, index: Any) -> Any:
-        raise TypeError(
-            f"writes: {self._name}[{_index_text(index)}] was read (as `+=` does), but a recorded tensor can "
-            "only be assigned; compute the value first, from the parameter itself"
-        )
+        return self._writes._refuse_read(self._name, index)
 
     def __repr__(self) -> str:
         return f"<handle of {self._name}, for assignments only>"
@@ -195,7 +287,14 @@ class Handle:
 class _WritesPlan(Plan):
     """Recorded assignments; refresh() resolves the names and indices again."""
 
-    def __init__(self, model: Any, recorded: list[_Recorded], overlap: str) -> None:
+    def __init__(
+        self,
+        model: Any,
+        recorded: list[_Recorded],
+        overlap: str,
+        planned: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """`planned`: the tensors that were written already; others of these names are refused."""
         super().__init__()
         self._model: Callable[[], Any] = (
             weakref.ref(model) if isinstance(model, nn.Module) else lambda: model
@@ -203,7 +302,12 @@ class _WritesPlan(Plan):
         self._recorded = tuple(recorded)
         self._overlap = overlap
         self._resolved = Resolved()
+        self._replaced: list[str] = []
         self._build(None)
+        if planned is not None:
+            now = {d.name: d.tensor for d in named_destinations(model)}
+            names = dict.fromkeys(r.name for r in recorded)
+            self._replaced = [name for name in names if now[name] is not planned[name]]
 
     def _build(self, source: Any) -> None:
         if source is not None:
@@ -220,6 +324,10 @@ class _WritesPlan(Plan):
         for d in resolved.destinations:  # the plan holds tensors, not the modules that own them
             d.owner, d.path, d.alias_places = None, (), ()
         self._resolved = resolved
+        self._replaced = []
+
+    def _replaced_in_table(self) -> list[str]:
+        return [*super()._replaced_in_table(), *self._replaced]
 
     def _rebind(self, source: Any) -> None:
         raise TypeError(
@@ -310,6 +418,10 @@ def _checked_index(name: str, index: Any) -> Any:
                 "under torch.no_grad()"
             )
     return index
+
+
+def _text(name: str, index: Any) -> str:
+    return f"{name}[{_index_text(index)}]"
 
 
 def _index_text(index: Any) -> str:

@@ -7,6 +7,7 @@
 #include <unordered_map>
 
 #include "torch/batch.h"
+#include "torch/modules.h"
 #include "torch/scratch.h"
 
 namespace paramkit {
@@ -15,14 +16,8 @@ namespace {
 
 namespace py = pybind11;
 
-PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
-
 // The attribute names looked up in every module, interned once.
 struct Names {
-  PyObject* parameters = interned("_parameters");
-  PyObject* buffers = interned("_buffers");
-  PyObject* modules = interned("_modules");
-  PyObject* transient = interned("_non_persistent_buffers_set");
   PyObject* pre_hooks = interned("_load_state_dict_pre_hooks");
   PyObject* post_hooks = interned("_load_state_dict_post_hooks");
   PyObject* load = interned("_load_from_state_dict");
@@ -68,17 +63,6 @@ bool standard_class(PyTypeObject* type) {
   return is_standard;
 }
 
-PyObject* item(PyObject* dict, PyObject* key) {
-  PyObject* value = PyDict_GetItemWithError(dict, key);
-  if (value == nullptr && PyErr_Occurred() != nullptr) throw python_error();
-  return value;
-}
-
-PyObject* table(PyObject* attributes, PyObject* name) {
-  PyObject* value = item(attributes, name);
-  return value != nullptr && PyDict_Check(value) ? value : nullptr;
-}
-
 class Loader {
  public:
   Loader(Batch& batch, PyObject* state_dict) : batch_(batch), state_dict_(state_dict) {}
@@ -101,20 +85,16 @@ class Loader {
     const auto instance = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr));
     if (!instance) throw python_error();
     PyObject* attributes = instance.ptr();
-    PyObject* parameters = table(attributes, names().parameters);
-    PyObject* buffers = table(attributes, names().buffers);
-    PyObject* modules = table(attributes, names().modules);
-    PyObject* transient = item(attributes, names().transient);
+    ModuleTables tables;
     PyObject* pre_hooks = table(attributes, names().pre_hooks);
     PyObject* post_hooks = table(attributes, names().post_hooks);
-    if (parameters == nullptr || buffers == nullptr || modules == nullptr || transient == nullptr ||
-        !PyAnySet_Check(transient) || pre_hooks == nullptr || post_hooks == nullptr || PyDict_GET_SIZE(pre_hooks) > 0 ||
+    if (!tables.read(attributes) || pre_hooks == nullptr || post_hooks == nullptr || PyDict_GET_SIZE(pre_hooks) > 0 ||
         PyDict_GET_SIZE(post_hooks) > 0 || item(attributes, names().load) != nullptr) {
       return false;
     }
-    return add_all(parameters, prefix, nullptr) &&
-           add_all(buffers, prefix, PySet_GET_SIZE(transient) > 0 ? transient : nullptr) &&
-           visit_children(modules, prefix);
+    return add_all(tables.parameters, prefix, nullptr) &&
+           add_all(tables.buffers, prefix, PySet_GET_SIZE(tables.transient) > 0 ? tables.transient : nullptr) &&
+           visit_children(tables.modules, prefix);
   }
 
   static py::object join(PyObject* prefix, PyObject* name) {
@@ -168,6 +148,7 @@ class Loader {
 
 void prepare_load_state_dict() {
   (void)names();
+  (void)module_names();
   (void)standard();
 }
 

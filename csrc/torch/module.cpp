@@ -10,6 +10,7 @@
 #include "torch/load_state_dict.h"
 #include "torch/plan.h"
 #include "torch/python_ops.h"
+#include "torch/recorder.h"
 
 namespace py = pybind11;
 
@@ -68,6 +69,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   paramkit::adopt_numerics();
   paramkit::prepare_load_state_dict();
   if (PyModule_AddFunctions(m.ptr(), paramkit::kOperators) != 0) throw py::error_already_set();
+  paramkit::add_recorder(m.ptr());
   m.def("capability", [] { return std::string(paramkit::cpu::active().name); });
   m.def("capabilities", &capabilities);
   m.def("set_capability", &set_capability);
