@@ -6,10 +6,15 @@
 
 namespace paramkit::cpu {
 
+// Which stores go past the cache: those of long runs, those of transposes.
+struct Stream {
+  bool runs, tiles;
+};
+
 struct Kernels {
   const char* name;
-  // Runs the part of the program between two cuts. `stream`: long stores bypass the cache.
-  void (*run)(const Program& program, Cut from, Cut to, bool stream);
+  // Runs the part of the program between two cuts.
+  void (*run)(const Program& program, Cut from, Cut to, Stream stream);
   // Converts n contiguous elements.
   void (*cast)(Type to, Type from, char* dst, const char* src, int64_t n);
 };

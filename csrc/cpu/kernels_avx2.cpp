@@ -52,6 +52,8 @@ struct Vec {
     }
     return n & ~int64_t{7};
   }
+  static constexpr bool kLooksUp = false;
+  static int64_t look_up(void*, const void*, int64_t, const uint16_t*) { return 0; }
   static int64_t to_half(void* dst, const void* src, int64_t n) {
     for (int64_t i = 0; i < n / 8; ++i) {
       const __m256 wide = _mm256_loadu_ps(static_cast<const float*>(src) + 8 * i);

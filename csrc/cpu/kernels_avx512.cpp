@@ -60,6 +60,22 @@ struct Vec {
     }
     return n & ~int64_t{15};
   }
+  static constexpr bool kLooksUp = true;
+  static int64_t look_up(void* dst, const void* src, int64_t n, const uint16_t* table) {
+    Reg part[8];
+    for (int i = 0; i < 8; ++i) part[i] = _mm512_load_si512(table + 32 * i);
+    const Reg bit6 = _mm512_set1_epi16(0x40), bit7 = _mm512_set1_epi16(0x80);
+    for (int64_t i = 0; i < n / 32; ++i) {
+      const Reg x = _mm512_cvtepu8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(src) + i));
+      const __mmask32 second = _mm512_test_epi16_mask(x, bit6), upper = _mm512_test_epi16_mask(x, bit7);
+      const Reg low = _mm512_mask_blend_epi16(second, _mm512_permutex2var_epi16(part[0], x, part[1]),
+                                              _mm512_permutex2var_epi16(part[2], x, part[3]));
+      const Reg high = _mm512_mask_blend_epi16(second, _mm512_permutex2var_epi16(part[4], x, part[5]),
+                                               _mm512_permutex2var_epi16(part[6], x, part[7]));
+      _mm512_storeu_si512(static_cast<char*>(dst) + 64 * i, _mm512_mask_blend_epi16(upper, low, high));
+    }
+    return n & ~int64_t{31};
+  }
   static int64_t to_half(void* dst, const void* src, int64_t n) {
     for (int64_t i = 0; i < n / 16; ++i) {
       const __m512 wide = _mm512_loadu_ps(static_cast<const float*>(src) + 16 * i);

@@ -21,6 +21,8 @@ struct Vec : Lane {
   static void fence() {}
   static Reg gather(const char* p, int64_t) { return load(p); }
   static int64_t from_half(void*, const void*, int64_t) { return 0; }
+  static constexpr bool kLooksUp = false;
+  static int64_t look_up(void*, const void*, int64_t, const uint16_t*) { return 0; }
   static int64_t to_half(void*, const void*, int64_t) { return 0; }
 };
 

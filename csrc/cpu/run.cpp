@@ -32,7 +32,8 @@ void set_stream_bytes(int64_t bytes) { threshold() = bytes < 0 ? default_stream_
 
 void run(const Program& program, size_t first, size_t last, int threads, Parallel parallel) {
   const Kernels& kernels = active();
-  const bool stream = program.bytes >= stream_bytes();
+  const int64_t limit = stream_bytes();
+  const Stream stream{program.bytes >= limit, program.bytes >= limit / 8};
   if (threads <= 1 || program.bytes < kParallelBytes) {
     kernels.run(program, {first, 0}, {last, 0}, stream);
     return;
@@ -41,7 +42,7 @@ void run(const Program& program, size_t first, size_t last, int threads, Paralle
     const Program* program;
     const Kernels* kernels;
     std::vector<Cut> cuts;
-    bool stream;
+    Stream stream;
   } context{&program, &kernels, {}, stream};
   partition(program, first, last, threads, context.cuts);
   parallel(
