@@ -20,7 +20,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq install
 KEEP_TORCH := -c $(STAMPS)/constraints.txt
 say = @printf '\033[1m==>\033[0m %s\n'
 
-.PHONY: help demo test bench lint format build clean distclean force
+.PHONY: help demo test slow bench lint format build clean distclean force
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -37,6 +37,10 @@ demo: $(STAMPS)/demo $(STAMPS)/extension ## transplant a real sentence encoder, 
 test: $(STAMPS)/test $(STAMPS)/extension ## the whole suite, on every backend this machine has
 	$(say) 'tests'
 	@$(PY) -m pytest $(ARGS)
+
+slow: $(STAMPS)/test $(STAMPS)/extension ## the exhaustive tests: every 32-bit value, many random views
+	$(say) 'slow tests'
+	@$(PY) -m pytest -m slow $(ARGS)
 
 bench: $(STAMPS)/bench $(STAMPS)/extension ## beside torch, numpy and plain C; ARGS=--quick is short
 	$(say) 'benchmarks'

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
@@ -51,6 +52,25 @@ def compiled() -> Iterator[str]:
     need_extension()
     with paramkit.backend.force("cpu"):
         yield "cpu"
+
+
+@pytest.fixture
+def stream_stores() -> Callable[[bool], AbstractContextManager[None]]:
+    """`with stream_stores(True):` every store of a kernel that can bypasses the cache; False: none does."""
+
+    @contextmanager
+    def forced(always: bool) -> Iterator[None]:
+        extension = loader.extension()
+        if extension is None:
+            yield
+            return
+        before = extension.set_stream_bytes(0 if always else 1 << 62)
+        try:
+            yield
+        finally:
+            extension.set_stream_bytes(before)
+
+    return forced
 
 
 @pytest.fixture(autouse=True)
