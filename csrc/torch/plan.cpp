@@ -203,7 +203,14 @@ inline bool Plan::slot_holds(const Slot& slot) const {
 // the sizes of vectors beside the rest.
 bool Plan::intact(const std::vector<Snapshot>& all, bool& recorded) const {
   const bool grad_mode = at::GradMode::is_enabled();
-  for (const Snapshot& was : all) {
+  constexpr size_t kAhead = 12;
+  const size_t fetched = all.size() > kLongList ? all.size() - kAhead : 0;
+  for (size_t i = 0; i < all.size(); ++i) {
+    const Snapshot& was = all[i];
+    if (i < fetched) {
+      prefetch(all[i + kAhead].impl);
+      prefetch(all[i + kAhead].storage);
+    }
     if (!intact(was)) return false;
     if (follow_autograd_) recorded |= on_autograd(*was.impl, grad_mode);
   }

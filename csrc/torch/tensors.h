@@ -15,6 +15,20 @@ inline bool has_memory(const at::TensorImpl& impl) {
   return impl.unsafe_storage().unsafeGetStorageImpl()->data() != nullptr || impl.numel() == 0;
 }
 
+// Fetches what access() and data() look at, for lists that no cache holds: of 31,337 tensors looking at
+// one was half a dozen misses in a row.
+inline void prefetch(const at::TensorImpl* impl) {
+  const char* bytes = reinterpret_cast<const char*>(impl);
+  for (size_t line = 0; line < sizeof(at::TensorImpl); line += 64) __builtin_prefetch(bytes + line);
+}
+inline void prefetch(const at::StorageImpl* storage) {
+  const char* bytes = reinterpret_cast<const char*>(storage);
+  for (size_t line = 0; line < sizeof(at::StorageImpl); line += 64) __builtin_prefetch(bytes + line);
+}
+
+// Shorter lists stay in a cache between two calls, and only pay for it.
+inline constexpr size_t kLongList = 4096;
+
 // How the kernels may treat a tensor.
 enum class Access : uint8_t {
   Plain,      // a dense strided CPU tensor: its memory may be read and written
