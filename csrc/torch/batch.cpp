@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "core/classify.h"
 #include "core/normalize.h"
 #include "cpu/run.h"
 
@@ -137,7 +138,16 @@ void run_tasks(const Program& program, size_t first, size_t last, bool disjoint)
       !share_memory(program, first, last)) {
     return cpu::run(program, first, last, threads, parallel);
   }
-  for (size_t t = first; t < last; ++t) cpu::run(program, t, t + 1, threads, parallel);
+  // In order: large tasks on all threads, small ones on this one.
+  const auto large = [&](size_t t) {
+    const Task& task = program.tasks[t];
+    return task.units * unit_bytes(task, program.dims.data() + task.dims) >= cpu::kParallelBytes;
+  };
+  for (size_t next = first; first < last; first = next) {
+    const bool alone = large(first);
+    for (++next; !alone && next < last && !large(next);) ++next;
+    cpu::run(program, first, next, alone ? threads : 1, parallel);
+  }
 }
 
 void Batch::check_version(Place place, Access how) const {
