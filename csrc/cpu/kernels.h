@@ -6,9 +6,9 @@
 
 namespace paramkit::cpu {
 
-// Which stores go past the cache: those of long runs, those of transposes.
+// Which stores go past the cache: those of long runs, of fills, of transposes.
 struct Stream {
-  bool runs, tiles;
+  bool runs, fills, tiles;
 };
 
 struct Kernels {

@@ -33,7 +33,7 @@ void set_stream_bytes(int64_t bytes) { threshold() = bytes < 0 ? default_stream_
 void run(const Program& program, size_t first, size_t last, int threads, Parallel parallel) {
   const Kernels& kernels = active();
   const int64_t limit = stream_bytes();
-  const Stream stream{program.bytes >= limit, program.bytes >= limit / 8};
+  const Stream stream{program.bytes >= limit, program.bytes / 4 >= limit, program.bytes >= limit / 8};
   if (threads <= 1 || program.bytes < kParallelBytes) {
     kernels.run(program, {first, 0}, {last, 0}, stream);
     return;
