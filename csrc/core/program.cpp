@@ -4,22 +4,6 @@
 
 namespace paramkit {
 
-void Program::add_contiguous(void* dst, const void* src, int64_t size, int64_t width) {
-  Task task;
-  task.dst = static_cast<char*>(dst);
-  task.src = static_cast<const char*>(src);
-  task.run = size;
-  task.dims = static_cast<uint32_t>(dims.size());
-  task.units = size > kLongRun ? (size + kBlock - 1) / kBlock : 1;
-  task.rank = 0;
-  task.family = Family::Copy;
-  task.to = task.from = bytes_of_width(width);
-  task.across = task.along = 0;
-  tasks.push_back(task);
-  bytes += size;
-  ++families[static_cast<int>(Family::Copy)];
-}
-
 bool Program::add(void* dst, const void* src, Type to, Type from, const Dim* loops, int rank) {
   Dim local[kMaxRank];
   for (int i = 0; i < rank; ++i) local[i] = loops[i];

@@ -34,6 +34,7 @@ inline constexpr const char* kFamilyNames[kFamilies] = {"copy", "rows", "transpo
 // taps and the input channels of a convolution make one long run, not nine short ones.
 // 40 bytes, so that a list of a thousand small tensors stays in the L1 and L2 caches.
 struct Task {
+  Task() {}  // leaves all as it is: lists are made longer before threads fill them in
   char* dst;
   const char* src;
   int64_t run;    // bytes of the destination
@@ -91,13 +92,33 @@ struct Program {
     casts = 0;
   }
 
-  // Both sides contiguous, `bytes` long, elements of `width` bytes, no cast. The commonest write by far.
-  void add_contiguous(void* dst, const void* src, int64_t bytes, int64_t width);
+  // Both sides contiguous, `size` bytes long, elements of `width` bytes, no cast. The commonest write by
+  // far, so that it has no loops to bring into order.
+  static Task contiguous(void* dst, const void* src, int64_t size, int64_t width);
+  void add_contiguous(const Task& task) {
+    tasks.push_back(task);
+    bytes += task.run;
+    ++families[static_cast<int>(Family::Copy)];
+  }
 
   // A strided write: `rank` loops in any order, strides in bytes. Equal types are moved, whatever they
   // are. Adds nothing when a size is 0. False, and nothing added, if two steps of the loops may reach
   // one element of the destination.
   bool add(void* dst, const void* src, Type to, Type from, const Dim* dims, int rank);
 };
+
+inline Task Program::contiguous(void* dst, const void* src, int64_t size, int64_t width) {
+  Task task;
+  task.dst = static_cast<char*>(dst);
+  task.src = static_cast<const char*>(src);
+  task.run = size;
+  task.units = size > kLongRun ? (size + kBlock - 1) / kBlock : 1;
+  task.dims = 0;
+  task.rank = 0;
+  task.to = task.from = bytes_of_width(width);
+  task.family = Family::Copy;
+  task.across = task.along = 0;
+  return task;
+}
 
 }  // namespace paramkit

@@ -1,16 +1,13 @@
 #include "torch/batch.h"
 
 #include <ATen/MemoryOverlap.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <Python.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
 
-#include "core/classify.h"
 #include "core/normalize.h"
-#include "cpu/run.h"
+#include "torch/threads.h"
 
 namespace paramkit {
 
@@ -70,85 +67,7 @@ void check_memory(const Batch::Place& place, std::string (*name)(const Batch::Pl
               " has a shape but no memory (its storage was resized, as FSDP does): gather it first");
 }
 
-// Whether any task writes memory that another task reads or writes.
-bool share_memory(const Program& program, size_t first, size_t last) {
-  struct Span {
-    const char* begin;
-    const char* end;
-    size_t task;
-    bool written;
-  };
-  std::vector<Span> spans;
-  spans.reserve(2 * (last - first));
-  for (size_t t = first; t < last; ++t) {
-    const Task& task = program.tasks[t];
-    int64_t dst = task.run;
-    int64_t src = task.family == Family::Fill ? task.src_width() : task.run / task.width() * task.src_width();
-    for (int i = 0; i < task.rank; ++i) {
-      const Dim& dim = program.dims[task.dims + static_cast<size_t>(i)];
-      dst += (dim.size - 1) * dim.dst;
-      src += (dim.size - 1) * dim.src;
-    }
-    spans.push_back({task.dst, task.dst + dst, t, true});
-    spans.push_back({task.src, task.src + src, t, false});
-  }
-  std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
-  // The furthest end seen so far, of writes and of reads, with the task that it belongs to.
-  const Span* write = nullptr;
-  const Span* read = nullptr;
-  for (const Span& span : spans) {
-    if (write != nullptr && span.begin < write->end && span.task != write->task) return true;
-    if (span.written && read != nullptr && span.begin < read->end && span.task != read->task) return true;
-    const Span*& furthest = span.written ? write : read;
-    if (furthest == nullptr || span.end > furthest->end) furthest = &span;
-  }
-  return false;
-}
-
-void parallel(int n, void (*body)(void*, int), void* context) {
-  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(context, static_cast<int>(i));
-  });
-}
-
-// Work shorter than this keeps the GIL: giving it up and taking it back costs more when another
-// thread wants it.
-constexpr int64_t kReleaseGil = 1 << 20;
-
-class ReleaseGil {
- public:
-  explicit ReleaseGil(bool wanted) : state_(wanted && PyGILState_Check() ? PyEval_SaveThread() : nullptr) {}
-  ~ReleaseGil() {
-    if (state_ != nullptr) PyEval_RestoreThread(state_);
-  }
-  ReleaseGil(const ReleaseGil&) = delete;
-  ReleaseGil& operator=(const ReleaseGil&) = delete;
-
- private:
-  PyThreadState* state_;
-};
-
 }  // namespace
-
-void run_tasks(const Program& program, size_t first, size_t last, bool disjoint) {
-  if (first == last) return;
-  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  const ReleaseGil released(program.bytes >= kReleaseGil);
-  if (threads == 1 || program.bytes < cpu::kParallelBytes || last - first == 1 || disjoint ||
-      !share_memory(program, first, last)) {
-    return cpu::run(program, first, last, threads, parallel);
-  }
-  // In order: large tasks on all threads, small ones on this one.
-  const auto large = [&](size_t t) {
-    const Task& task = program.tasks[t];
-    return task.units * unit_bytes(task, program.dims.data() + task.dims) >= cpu::kParallelBytes;
-  };
-  for (size_t next = first; first < last; first = next) {
-    const bool alone = large(first);
-    for (++next; !alone && next < last && !large(next);) ++next;
-    cpu::run(program, first, next, alone ? threads : 1, parallel);
-  }
-}
 
 void Batch::check_version(Place place, Access how) const {
   TORCH_CHECK(how != Access::Inference || autograd_ == Autograd::Below || c10::InferenceMode::is_enabled(), place.op,
@@ -234,26 +153,14 @@ void Batch::Deferred::write(bool non_blocking) const {
 void Batch::copy(Place place, const at::Tensor& dst, const at::Tensor& src) {
   const at::TensorImpl& to = *dst.unsafeGetTensorImpl();
   const at::TensorImpl& from = *src.unsafeGetTensorImpl();
-  const Access how = access(to);
-  if (how == Access::Native || access(from) == Access::Native) {
+  Task task;
+  if (dense(to, from, at::GradMode::is_enabled(), task)) {
+    bumps_.push_back(dst.unsafeGetTensorImpl());
+    return program_.add_contiguous(task);
+  }
+  if (access(to) == Access::Native || access(from) == Access::Native) {
     check_native(place, dst, src);
     return defer_copy(dst, src);
-  }
-  // The commonest pair: same dtype and shape, both dense. Everything else takes the longer way.
-  const bool detached =
-      autograd_ != Autograd::Follow || (to.autograd_meta() == nullptr && from.autograd_meta() == nullptr);
-  if (detached && how == Access::Plain && to.dtype() == from.dtype() && to.is_contiguous() && from.is_contiguous() &&
-      to.sizes() == from.sizes()) {
-    const auto type = c10::typeMetaToScalarType(to.dtype());
-    const auto width = static_cast<int64_t>(to.itemsize());
-    const int64_t bytes = to.numel() * width;
-    char* d = data(to);
-    const char* s = data(from);
-    if (bytes > 0 && has_memory(to) && has_memory(from) && !(d < s + bytes && s < d + bytes) &&
-        conversion_known(type, type)) {
-      bumps_.push_back(dst.unsafeGetTensorImpl());
-      return program_.add_contiguous(d, s, bytes, width);
-    }
   }
   copy_strided(place, dst, src);
 }
@@ -352,10 +259,6 @@ bool Batch::runs_python() const { return program_.bytes >= kReleaseGil || !defer
 void Batch::run(bool non_blocking) {
   if (autograd_ != Autograd::Below) {
     for (at::TensorImpl* impl : bumps_) impl->bump_version();
-  }
-  std::vector<c10::intrusive_ptr<at::TensorImpl>> held;
-  if (runs_python()) {
-    for (at::TensorImpl* impl : bumps_) held.push_back(c10::intrusive_ptr<at::TensorImpl>::reclaim_copy(impl));
   }
   routes().add(program_);
   routes().native += static_cast<int64_t>(deferred_.size());

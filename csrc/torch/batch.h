@@ -3,8 +3,10 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
 
 #include <array>
+#include <atomic>
 #include <deque>
 #include <functional>
 #include <optional>
@@ -12,6 +14,7 @@
 
 #include "core/task.h"
 #include "torch/tensors.h"
+#include "torch/threads.h"
 
 namespace paramkit {
 
@@ -52,8 +55,14 @@ class Batch {
   };
 
   // Record one write. They throw what torch throws for it, as far as that can be known beforehand.
-  // The caller keeps the sources alive until run() is over; run() keeps the destinations.
+  // The caller keeps all tensors alive until run() is over.
   void copy(Place place, const at::Tensor& dst, const at::Tensor& src);
+
+  // Records the first of `n` copies, on all threads, as long as they are of the commonest kind: plain,
+  // both sides dense, of one dtype and shape, nothing for autograd. Returns how many. dst(i) and src(i)
+  // give the tensors, or null for what is not plain; they are called by several threads.
+  template <class Dst, class Src>
+  size_t copy_dense(size_t n, Dst dst, Src src);
   void fill(Place place, const at::Tensor& dst, Number& value);
   void fill(Place place, const at::Tensor& dst, const at::Tensor& value);
 
@@ -67,7 +76,7 @@ class Batch {
   void defer(std::function<void(bool non_blocking)> write);
 
   // Whether other Python code may run during run(), because the GIL is given up or a write is Python's:
-  // then the caller has to hold references of its own to the sources.
+  // then the caller has to hold references of its own to the tensors.
   bool runs_python() const;
 
   // Bumps every version counter, then writes, in the order recorded wherever memory is shared.
@@ -88,6 +97,8 @@ class Batch {
     void write(bool non_blocking) const;
   };
 
+  // The task of a pair of the commonest kind. False if it is not of that kind.
+  bool dense(const at::TensorImpl& dst, const at::TensorImpl& src, bool grad_mode, Task& task) const;
   void check_version(Place place, Access how) const;
   bool records(const at::Tensor& dst, const at::TensorImpl* src) const;
   void copy_strided(Place place, const at::Tensor& dst, const at::Tensor& src);
@@ -103,9 +114,53 @@ class Batch {
   std::deque<std::array<char, 16>> elements_;  // of fills; a deque keeps their addresses
 };
 
-// Runs the tasks [first, last) with torch's threads, the GIL released if it is held and the work is
-// long. `disjoint`: the caller knows that no task writes what another reads or writes; otherwise it is
-// looked at, and tasks that share memory run in order.
-void run_tasks(const Program& program, size_t first, size_t last, bool disjoint);
+inline bool Batch::dense(const at::TensorImpl& to, const at::TensorImpl& from, bool grad_mode, Task& task) const {
+  if (access(to) != Access::Plain || access(from) == Access::Native || to.dtype() != from.dtype() ||
+      !to.is_contiguous() || !from.is_contiguous() || to.sizes() != from.sizes()) {
+    return false;
+  }
+  if (autograd_ == Autograd::Follow && (on_autograd(to, grad_mode) || on_autograd(from, grad_mode))) return false;
+  const auto type = c10::typeMetaToScalarType(to.dtype());
+  const auto width = static_cast<int64_t>(to.itemsize());
+  const int64_t bytes = to.numel() * width;
+  char* d = data(to);
+  const char* s = data(from);
+  if (bytes == 0 || !has_memory(to) || !has_memory(from) || (d < s + bytes && s < d + bytes) ||
+      !conversion_known(type, type)) {
+    return false;
+  }
+  task = Program::contiguous(d, s, bytes, width);
+  return true;
+}
+
+// The tasks are made in place: no list of a thread's own has to be put together with the others.
+template <class Dst, class Src>
+size_t Batch::copy_dense(size_t n, Dst dst, Src src) {
+  const size_t tasks = program_.tasks.size(), bumps = bumps_.size();
+  program_.tasks.resize(tasks + n);
+  bumps_.resize(bumps + n);
+  const bool grad_mode = at::GradMode::is_enabled();
+  std::atomic<size_t> dense_ones{n};  // as far as is known
+  in_pieces(n, [&](size_t first, size_t last) {
+    for (size_t i = first; i < last; ++i) {
+      size_t known = dense_ones.load(std::memory_order_relaxed);
+      if (known < i) return;
+      at::TensorImpl* to = dst(i);
+      const at::TensorImpl* from = src(i);
+      if (to == nullptr || from == nullptr || !dense(*to, *from, grad_mode, program_.tasks[tasks + i])) {
+        while (i < known && !dense_ones.compare_exchange_weak(known, i)) {
+        }
+        return;
+      }
+      bumps_[bumps + i] = to;
+    }
+  });
+  const size_t found = dense_ones;
+  program_.tasks.resize(tasks + found);
+  bumps_.resize(bumps + found);
+  for (size_t t = tasks; t < tasks + found; ++t) program_.bytes += program_.tasks[t].run;
+  program_.families[static_cast<int>(Family::Copy)] += static_cast<int64_t>(found);
+  return found;
+}
 
 }  // namespace paramkit

@@ -5,6 +5,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <unordered_map>
+#include <vector>
 
 #include "torch/batch.h"
 #include "torch/modules.h"
@@ -79,6 +80,16 @@ class Loader {
 
   Py_ssize_t loaded() const { return loaded_; }
 
+  // References to all tensors.
+  py::object hold() const {
+    const auto held = py::reinterpret_steal<py::object>(PyTuple_New(static_cast<Py_ssize_t>(tensors_.size())));
+    if (!held) throw python_error();
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      PyTuple_SET_ITEM(held.ptr(), static_cast<Py_ssize_t>(i), Py_NewRef(tensors_[i]));
+    }
+    return held;
+  }
+
  private:
   bool visit_module(PyObject* module, PyObject* prefix) {
     if (!standard_class(Py_TYPE(module))) return false;
@@ -122,6 +133,8 @@ class Loader {
         return false;
       }
       batch_.copy({"load_state_dict", loaded_}, dst, src);
+      tensors_.push_back(value);
+      tensors_.push_back(source);
       ++loaded_;
     }
     return true;
@@ -140,6 +153,7 @@ class Loader {
 
   Batch& batch_;
   PyObject* state_dict_;
+  std::vector<PyObject*> tensors_;  // borrowed from the model and the state dict
   Py_ssize_t loaded_ = 0;
   int depth_ = 0;
 };
@@ -162,8 +176,8 @@ bool load_state_dict(PyObject* model, PyObject* state_dict) {
   } catch (const c10::Error&) {
     return false;  // torch's own way says it better
   }
-  // Another thread may change the state dict while the GIL is given up.
-  const auto held = py::reinterpret_steal<py::object>(batch->runs_python() ? PyDict_Copy(state_dict) : nullptr);
+  // Another thread may change the model or the state dict while the GIL is given up.
+  const py::object held = batch->runs_python() ? loader.hold() : py::none();
   batch->run(false);
   return true;
 }

@@ -6,12 +6,14 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "core/normalize.h"
 #include "cpu/run.h"
 #include "torch/batch.h"
 #include "torch/scratch.h"
+#include "torch/threads.h"
 
 namespace paramkit {
 
@@ -203,18 +205,24 @@ inline bool Plan::slot_holds(const Slot& slot) const {
 // the sizes of vectors beside the rest.
 bool Plan::intact(const std::vector<Snapshot>& all, bool& recorded) const {
   const bool grad_mode = at::GradMode::is_enabled();
-  constexpr size_t kAhead = 12;
-  const size_t fetched = all.size() > kLongList ? all.size() - kAhead : 0;
-  for (size_t i = 0; i < all.size(); ++i) {
-    const Snapshot& was = all[i];
-    if (i < fetched) {
-      prefetch(all[i + kAhead].impl);
-      prefetch(all[i + kAhead].storage);
+  std::atomic<bool> whole{true}, any{false};
+  in_pieces(all.size(), [&](size_t first, size_t last) {
+    constexpr size_t kAhead = 12;
+    const size_t fetched = all.size() > kLongList ? last - std::min(last - first, kAhead) : 0;
+    bool own = false;
+    for (size_t i = first; i < last; ++i) {
+      const Snapshot& was = all[i];
+      if (i < fetched) {
+        prefetch(all[i + kAhead].impl);
+        prefetch(all[i + kAhead].storage);
+      }
+      if (!intact(was)) return whole.store(false);
+      if (follow_autograd_) own |= on_autograd(*was.impl, grad_mode);
     }
-    if (!intact(was)) return false;
-    if (follow_autograd_) recorded |= on_autograd(*was.impl, grad_mode);
-  }
-  return true;
+    if (own) any = true;
+  });
+  recorded |= any;
+  return whole;
 }
 
 bool Plan::intact(bool& recorded) const {
@@ -223,10 +231,13 @@ bool Plan::intact(bool& recorded) const {
 }
 
 bool Plan::any_orphan() const {
-  for (size_t i = 0; i < owners_.size(); ++i) {
-    if (orphan(i)) return true;
-  }
-  return false;
+  std::atomic<bool> found{false};
+  in_pieces(owners_.size(), [&](size_t first, size_t last) {
+    for (size_t i = first; i < last; ++i) {
+      if (orphan(i)) return found.store(true);
+    }
+  });
+  return found;
 }
 
 std::vector<int64_t> Plan::replaced() const {
@@ -324,7 +335,7 @@ bool Plan::run(const py::object& progress) {
     tell_all();
     return true;
   }
-  for (const Snapshot& dst : dst_snapshots_) dst.impl->bump_version();
+  bump_versions();
   routes().add(program_);
   routes().native += static_cast<int64_t>(native_.size());
   if (ordered_ || !progress.is_none()) {
@@ -334,6 +345,14 @@ bool Plan::run(const py::object& progress) {
   run_tasks(program_, 0, program_.tasks.size(), true);
   for (uint32_t w : native_) copy_native(w);
   return true;
+}
+
+void Plan::bump_versions() const {
+  const bool inference = c10::InferenceMode::is_enabled();  // only then may inference tensors be written
+  in_pieces(dst_snapshots_.size(), [&](size_t first, size_t last) {
+    const c10::InferenceMode as_the_caller(inference);
+    for (size_t i = first; i < last; ++i) dst_snapshots_[i].impl->bump_version();
+  });
 }
 
 int64_t Plan::bytes_of(size_t w) const {

@@ -98,6 +98,7 @@ class Plan {
   bool orphan(size_t dst) const;
   bool any_orphan() const;
   bool intact(bool& recorded) const;
+  void bump_versions() const;
   void compile(size_t write);
   at::Tensor view(const at::Tensor& tensor, const Write& write, bool dst) const;
   void copy_native(size_t write) const;

@@ -16,6 +16,7 @@
 #include "torch/basic_index.h"
 #include "torch/batch.h"
 #include "torch/names.h"
+#include "torch/threads.h"
 
 namespace paramkit {
 

@@ -9,7 +9,6 @@
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 
 #include "cpu/kernels.h"
@@ -24,26 +23,14 @@ Range range(const at::TensorImpl& impl) {
   return {begin, begin + (last + 1) * static_cast<int64_t>(impl.itemsize())};
 }
 
-namespace {
-
 // Found by trying, once: torch's own answer, whatever its version.
-std::atomic<bool>& works(c10::ScalarType dst, c10::ScalarType src) {
-  constexpr int n = static_cast<int>(c10::ScalarType::NumOptions);
-  static std::atomic<bool> table[n][n];
-  return table[static_cast<int>(dst)][static_cast<int>(src)];
-}
-
-}  // namespace
-
-bool conversion_known(c10::ScalarType dst, c10::ScalarType src) {
-  return works(dst, src).load(std::memory_order_relaxed);
-}
+std::atomic<bool> known_conversions[kScalarTypes][kScalarTypes];
 
 void check_conversion(c10::ScalarType dst, c10::ScalarType src) {
   if (conversion_known(dst, src)) return;
   c10::InferenceMode guard;  // one element, invisible to autograd
   at::empty({1}, at::TensorOptions().dtype(dst)).copy_(at::empty({1}, at::TensorOptions().dtype(src)));
-  works(dst, src).store(true, std::memory_order_relaxed);
+  known_conversions[static_cast<int>(dst)][static_cast<int>(src)] = true;
 }
 
 namespace {
@@ -113,13 +100,6 @@ void scalar_bytes(const c10::Scalar& value, c10::ScalarType type, int64_t numel,
   c10::InferenceMode guard;
   const auto few = at::empty({std::min<int64_t>(numel, 2)}, at::TensorOptions().dtype(type)).fill_(value);
   if (numel > 0) std::memcpy(bytes, few.const_data_ptr(), few.element_size());
-}
-
-bool on_autograd(const at::TensorImpl& impl, bool grad_mode) {
-  // Most tensors carry no autograd metadata at all.
-  const auto* meta = static_cast<const torch::autograd::AutogradMeta*>(impl.autograd_meta());
-  if (meta == nullptr) return false;
-  return (grad_mode && meta->requires_grad()) || (meta->fw_grad_ != nullptr && !meta->fw_grad_->empty());
 }
 
 bool needs_autograd(const at::Tensor& dst, const at::TensorImpl* src) {

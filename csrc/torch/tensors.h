@@ -5,6 +5,9 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/TensorImpl.h>
 #include <c10/core/impl/COWDeleter.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <atomic>
 
 #include "core/task.h"
 
@@ -26,9 +29,6 @@ inline void prefetch(const at::StorageImpl* storage) {
   for (size_t line = 0; line < sizeof(at::StorageImpl); line += 64) __builtin_prefetch(bytes + line);
 }
 
-// Shorter lists stay in a cache between two calls, and only pay for it.
-inline constexpr size_t kLongList = 4096;
-
 // How the kernels may treat a tensor.
 enum class Access : uint8_t {
   Plain,      // a dense strided CPU tensor: its memory may be read and written
@@ -48,7 +48,7 @@ inline Access access(const at::TensorImpl& impl) {
   const auto keys = impl.key_set() - c10::autocast_dispatch_keyset;  // every CPU tensor carries those
   // Conjugate, negative, quantized, nested, functorch and subclass tensors all carry another key.
   if (keys != normal && keys != inference) return Access::Native;
-  if (!impl.has_storage() || impl.dim() > kMaxRank) return Access::Native;
+  if (!impl.unsafe_storage() || impl.dim() > kMaxRank) return Access::Native;
   if (deleter(impl) == &c10::impl::cow::cow_deleter) return Access::Native;  // copy-on-write
   return keys == normal ? Access::Plain : Access::Inference;
 }
@@ -75,7 +75,11 @@ bool kernel_types(c10::ScalarType dst, c10::ScalarType src, Type& to, Type& from
 void adopt_numerics();
 
 // Whether check_conversion() has found the pair to work before.
-bool conversion_known(c10::ScalarType dst, c10::ScalarType src);
+inline constexpr int kScalarTypes = static_cast<int>(c10::ScalarType::NumOptions);
+extern std::atomic<bool> known_conversions[kScalarTypes][kScalarTypes];
+inline bool conversion_known(c10::ScalarType dst, c10::ScalarType src) {
+  return known_conversions[static_cast<int>(dst)][static_cast<int>(src)].load(std::memory_order_relaxed);
+}
 
 // Throws what `torch.empty(1, dtype=dst).copy_(torch.empty(1, dtype=src))` throws, if it does.
 void check_conversion(c10::ScalarType dst, c10::ScalarType src);
@@ -87,7 +91,12 @@ void scalar_bytes(const c10::Scalar& value, c10::ScalarType type, int64_t numel,
 
 // Whether a write to or from this tensor concerns autograd: with grad mode on it requires grad, or it
 // carries a forward-mode tangent.
-bool on_autograd(const at::TensorImpl& impl, bool grad_mode);
+inline bool on_autograd(const at::TensorImpl& impl, bool grad_mode) {
+  // Most tensors carry no autograd metadata at all.
+  const auto* meta = static_cast<const torch::autograd::AutogradMeta*>(impl.autograd_meta());
+  if (meta == nullptr) return false;
+  return (grad_mode && meta->requires_grad()) || (meta->fw_grad_ != nullptr && !meta->fw_grad_->empty());
+}
 
 // Whether autograd would record `dst.copy_(src)` (src may be null: a fill) or carry a forward-mode
 // tangent through it. Throws, as torch does, where it may not be written in place.

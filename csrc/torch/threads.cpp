@@ -1,0 +1,54 @@
+#include "torch/threads.h"
+
+#include <Python.h>
+
+#include "core/classify.h"
+#include "core/overlap.h"
+#include "cpu/run.h"
+
+namespace paramkit {
+
+namespace {
+
+void parallel(int n, void (*body)(void*, int), void* context) {
+  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(context, static_cast<int>(i));
+  });
+}
+
+class ReleaseGil {
+ public:
+  explicit ReleaseGil(bool wanted) : state_(wanted && PyGILState_Check() ? PyEval_SaveThread() : nullptr) {}
+  ~ReleaseGil() {
+    if (state_ != nullptr) PyEval_RestoreThread(state_);
+  }
+  ReleaseGil(const ReleaseGil&) = delete;
+  ReleaseGil& operator=(const ReleaseGil&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
+}  // namespace
+
+void run_tasks(const Program& program, size_t first, size_t last, bool disjoint) {
+  if (first == last) return;
+  const int available = threads();
+  const ReleaseGil released(program.bytes >= kReleaseGil);
+  if (available == 1 || program.bytes < cpu::kParallelBytes || last - first == 1 || disjoint ||
+      !share_memory(program, first, last)) {
+    return cpu::run(program, first, last, available, parallel);
+  }
+  // In order: large tasks on all threads, small ones on this one.
+  const auto large = [&](size_t t) {
+    const Task& task = program.tasks[t];
+    return task.units * unit_bytes(task, program.dims.data() + task.dims) >= cpu::kParallelBytes;
+  };
+  for (size_t next = first; first < last; first = next) {
+    const bool alone = large(first);
+    for (++next; !alone && next < last && !large(next);) ++next;
+    cpu::run(program, first, next, alone ? available : 1, parallel);
+  }
+}
+
+}  // namespace paramkit
