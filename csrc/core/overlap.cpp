@@ -42,9 +42,9 @@ void sort_stretches(std::vector<Span>& spans) {
 }  // namespace
 
 bool share_memory(const Program& program, size_t first, size_t last) {
-  std::vector<Span> writes, reads;
-  writes.reserve(last - first);
-  reads.reserve(last - first);
+  static thread_local std::vector<Span> writes, reads;  // their memory is kept
+  writes.clear();
+  reads.clear();
   for (size_t t = first; t < last; ++t) {
     const Task& task = program.tasks[t];
     int64_t dst = task.run;

@@ -18,27 +18,22 @@ int64_t cost(const Program& program, const Task& task) {
 }  // namespace
 
 void partition(const Program& program, size_t first, size_t last, int pieces, std::vector<Cut>& cuts) {
+  static thread_local std::vector<int64_t> before;  // the cost of the tasks before each
+  before.clear();
   int64_t total = 0;
-  for (size_t t = first; t < last; ++t) total += cost(program, program.tasks[t]);
-
+  for (size_t t = first; t < last; ++t) {
+    before.push_back(total);
+    total += cost(program, program.tasks[t]);
+  }
   cuts.clear();
   cuts.push_back({first, 0});
-  int64_t before = 0;  // cost of the tasks before t
-  size_t t = first;
   for (int piece = 1; piece < pieces; ++piece) {
-    const int64_t target = static_cast<int64_t>(static_cast<double>(total) * piece / pieces);
-    for (; t < last; ++t) {
-      const int64_t here = cost(program, program.tasks[t]);
-      if (before + here > target) break;
-      before += here;
-    }
-    if (t == last) {
-      cuts.push_back({last, 0});
-      continue;
-    }
+    const auto target = static_cast<int64_t>(static_cast<double>(total) * piece / pieces);
+    const auto after = std::upper_bound(before.begin(), before.end(), target);
+    const size_t t = first + static_cast<size_t>(after - before.begin()) - 1;
     const Task& task = program.tasks[t];
     const int64_t unit = unit_bytes(task, program.dims.data() + task.dims);
-    cuts.push_back({t, std::clamp<int64_t>((target - before) / std::max<int64_t>(unit, 1), 0, task.units)});
+    cuts.push_back({t, std::clamp<int64_t>((target - *(after - 1)) / std::max<int64_t>(unit, 1), 0, task.units)});
   }
   cuts.push_back({last, 0});
 }

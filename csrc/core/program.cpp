@@ -1,3 +1,5 @@
+#include <cstddef>
+
 #include "core/classify.h"
 #include "core/normalize.h"
 #include "core/task.h"
@@ -26,6 +28,17 @@ bool Program::add(void* dst, const void* src, Type to, Type from, const Dim* loo
   ++families[static_cast<int>(task.family)];
   casts += task.casts();
   return true;
+}
+
+void Program::append(const Program& other) {
+  const std::size_t before = tasks.size();
+  const auto loops = static_cast<uint32_t>(dims.size());
+  tasks.insert(tasks.end(), other.tasks.begin(), other.tasks.end());
+  for (std::size_t t = before; t < tasks.size(); ++t) tasks[t].dims += loops;
+  dims.insert(dims.end(), other.dims.begin(), other.dims.end());
+  bytes += other.bytes;
+  for (int f = 0; f < kFamilies; ++f) families[f] += other.families[f];
+  casts += other.casts;
 }
 
 }  // namespace paramkit

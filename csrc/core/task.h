@@ -34,7 +34,6 @@ inline constexpr const char* kFamilyNames[kFamilies] = {"copy", "rows", "transpo
 // taps and the input channels of a convolution make one long run, not nine short ones.
 // 40 bytes, so that a list of a thousand small tensors stays in the L1 and L2 caches.
 struct Task {
-  Task() {}  // leaves all as it is: lists are made longer before threads fill them in
   char* dst;
   const char* src;
   int64_t run;    // bytes of the destination
@@ -76,6 +75,20 @@ inline constexpr int64_t kStripAcross = 1024;
 
 inline bool is_element(int64_t run) { return run == 1 || run == 2 || run == 4 || run == 8 || run == 16; }
 
+inline Task contiguous_task(void* dst, const void* src, int64_t size, int64_t width) {
+  Task task;
+  task.dst = static_cast<char*>(dst);
+  task.src = static_cast<const char*>(src);
+  task.run = size;
+  task.units = size > kLongRun ? (size + kBlock - 1) / kBlock : 1;
+  task.dims = 0;
+  task.rank = 0;
+  task.to = task.from = bytes_of_width(width);
+  task.family = Family::Copy;
+  task.across = task.along = 0;
+  return task;
+}
+
 // A list of writes in the order they were asked for.
 struct Program {
   std::vector<Task> tasks;
@@ -92,12 +105,10 @@ struct Program {
     casts = 0;
   }
 
-  // Both sides contiguous, `size` bytes long, elements of `width` bytes, no cast. The commonest write by
-  // far, so that it has no loops to bring into order.
-  static Task contiguous(void* dst, const void* src, int64_t size, int64_t width);
-  void add_contiguous(const Task& task) {
-    tasks.push_back(task);
-    bytes += task.run;
+  // Both sides contiguous, `size` bytes long, elements of `width` bytes, no cast. The commonest write by far.
+  void add_contiguous(void* dst, const void* src, int64_t size, int64_t width) {
+    tasks.push_back(contiguous_task(dst, src, size, width));
+    bytes += size;
     ++families[static_cast<int>(Family::Copy)];
   }
 
@@ -105,20 +116,9 @@ struct Program {
   // are. Adds nothing when a size is 0. False, and nothing added, if two steps of the loops may reach
   // one element of the destination.
   bool add(void* dst, const void* src, Type to, Type from, const Dim* dims, int rank);
-};
 
-inline Task Program::contiguous(void* dst, const void* src, int64_t size, int64_t width) {
-  Task task;
-  task.dst = static_cast<char*>(dst);
-  task.src = static_cast<const char*>(src);
-  task.run = size;
-  task.units = size > kLongRun ? (size + kBlock - 1) / kBlock : 1;
-  task.dims = 0;
-  task.rank = 0;
-  task.to = task.from = bytes_of_width(width);
-  task.family = Family::Copy;
-  task.across = task.along = 0;
-  return task;
-}
+  // Adds all writes of another program behind its own.
+  void append(const Program& other);
+};
 
 }  // namespace paramkit

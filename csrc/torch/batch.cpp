@@ -25,17 +25,36 @@ std::string dst_name(const Batch::Place& at) { return entry("dsts", "dst", at.in
 std::string src_name(const Batch::Place& at) { return entry("srcs", "src", at.index); }
 std::string value_name(const Batch::Place& at) { return entry("values", "value", at.index); }
 
-// The loops of `dst <- src` with the source broadcast to the destination's shape.
-int loops(const at::TensorImpl& dst, const at::TensorImpl& src, Dim* dims) {
-  const auto rank = dst.dim(), missing = rank - src.dim();
-  const auto dst_width = static_cast<int64_t>(dst.itemsize()), src_width = static_cast<int64_t>(src.itemsize());
-  const auto sizes = dst.sizes(), dst_strides = dst.strides(), src_sizes = src.sizes(), src_strides = src.strides();
-  for (int64_t i = 0; i < rank; ++i) {
-    const bool repeated = i < missing || src_sizes[i - missing] == 1;
-    dims[i] = {sizes[i], dst_strides[i] * dst_width, repeated ? 0 : src_strides[i - missing] * src_width};
+// `dst <- src`, the source broadcast to the destination's shape: one look at every dimension.
+struct Pair {
+  Dim dims[kMaxRank];
+  int rank;
+  bool fits = true;      // the source broadcasts
+  bool repeats = false;  // the destination is expanded: one element stands for several
+  Range to, from;        // the memory of both, if there are elements
+
+  Pair(const at::TensorImpl& dst, const at::TensorImpl& src) : rank(static_cast<int>(dst.dim())) {
+    const auto sizes = dst.sizes(), strides = dst.strides(), src_sizes = src.sizes(), src_strides = src.strides();
+    const auto width = static_cast<int64_t>(dst.itemsize()), src_width = static_cast<int64_t>(src.itemsize());
+    const int missing = rank - static_cast<int>(src_sizes.size());
+    fits = missing >= 0;
+    int64_t reach = width, src_reach = src_width;
+    for (int i = 0; fits && i < rank; ++i) {
+      const auto d = static_cast<size_t>(i), s = static_cast<size_t>(i - missing);
+      Dim& dim = dims[i];
+      dim = {sizes[d], strides[d] * width, 0};
+      if (i >= missing && src_sizes[s] != 1) {
+        fits = src_sizes[s] == dim.size;
+        dim.src = src_strides[s] * src_width;
+      }
+      repeats |= dim.dst == 0 && dim.size != 1;
+      reach += (dim.size - 1) * dim.dst;
+      src_reach += (dim.size - 1) * dim.src;
+    }
+    to = {data(dst), data(dst) + reach};
+    from = {data(src), data(src) + src_reach};
   }
-  return static_cast<int>(rank);
-}
+};
 
 bool broadcasts(const at::TensorImpl& dst, const at::TensorImpl& src) {
   const auto missing = dst.dim() - src.dim();
@@ -150,13 +169,21 @@ void Batch::Deferred::write(bool non_blocking) const {
   }
 }
 
+bool Batch::add_strided(const at::TensorImpl& to, const at::TensorImpl& from, bool grad_mode, Program& program) const {
+  if (!plain(to, from, grad_mode) || to.numel() == 0) return false;
+  const auto to_type = c10::typeMetaToScalarType(to.dtype()), from_type = c10::typeMetaToScalarType(from.dtype());
+  Type to_kernel{}, from_kernel{};
+  if (!conversion_known(to_type, from_type) || !kernel_types(to_type, from_type, to_kernel, from_kernel)) return false;
+  const Pair pair(to, from);
+  return pair.fits && !pair.repeats && !pair.to.meets(pair.from) &&
+         program.add(data(to), data(from), to_kernel, from_kernel, pair.dims, pair.rank);
+}
+
 void Batch::copy(Place place, const at::Tensor& dst, const at::Tensor& src) {
   const at::TensorImpl& to = *dst.unsafeGetTensorImpl();
   const at::TensorImpl& from = *src.unsafeGetTensorImpl();
-  Task task;
-  if (dense(to, from, at::GradMode::is_enabled(), task)) {
-    bumps_.push_back(dst.unsafeGetTensorImpl());
-    return program_.add_contiguous(task);
+  if (add_dense(to, from, at::GradMode::is_enabled(), program_)) {
+    return bumps_.push_back(dst.unsafeGetTensorImpl());
   }
   if (access(to) == Access::Native || access(from) == Access::Native) {
     check_native(place, dst, src);
@@ -168,39 +195,36 @@ void Batch::copy(Place place, const at::Tensor& dst, const at::Tensor& src) {
 void Batch::copy_strided(Place place, const at::Tensor& dst, const at::Tensor& src) {
   const at::TensorImpl& to = *dst.unsafeGetTensorImpl();
   const at::TensorImpl& from = *src.unsafeGetTensorImpl();
-  TORCH_CHECK(broadcasts(to, from), place.op, ": ", src_name(place), " of shape ", from.sizes(),
-              " does not broadcast to ", dst_name(place), " of shape ", to.sizes());
+  const Pair pair(to, from);
+  TORCH_CHECK(pair.fits, place.op, ": ", src_name(place), " of shape ", from.sizes(), " does not broadcast to ",
+              dst_name(place), " of shape ", to.sizes());
   check_version(place, access(to));
   const bool written = to.numel() > 0;
-  if (written) {
-    for (int64_t i = 0; i < to.dim(); ++i) {
-      TORCH_CHECK(to.strides()[i] != 0 || to.sizes()[i] == 1, place.op,
-                  ": unsupported operation: more than one element of ", dst_name(place),
-                  " refers to a single memory location (shape ", to.sizes(), ", stride ", to.strides(),
-                  "). Please clone() the tensor before performing the operation.");
-    }
-  }
+  TORCH_CHECK(!written || !pair.repeats, place.op, ": unsupported operation: more than one element of ",
+              dst_name(place), " refers to a single memory location (shape ", to.sizes(), ", stride ", to.strides(),
+              "). Please clone() the tensor before performing the operation.");
   check_memory(place, dst_name, to);
   check_memory(place, src_name, from);
-  const bool meets = written && range(to).meets(range(from));
+  const bool meets = written && pair.to.meets(pair.from);
   if (meets) {
     TORCH_CHECK(&to == &from || at::get_overlap_status(&to, &from) != at::MemOverlapStatus::Partial, place.op,
                 ": unsupported operation: some elements of ", src_name(place), " and ", dst_name(place),
                 " refer to a single memory location. Please clone() the tensor before performing the operation.");
   }
   const auto to_type = c10::typeMetaToScalarType(to.dtype()), from_type = c10::typeMetaToScalarType(from.dtype());
-  in_context(place, pair_name, [&] { check_conversion(to_type, from_type); });
+  if (!conversion_known(to_type, from_type)) {
+    in_context(place, pair_name, [&] { check_conversion(to_type, from_type); });
+  }
   bool recorded = false;
-  in_context(place, dst_name, [&] { recorded = records(dst, &from); });
+  if (autograd_ == Autograd::Follow && (to.autograd_meta() != nullptr || from.autograd_meta() != nullptr)) {
+    in_context(place, dst_name, [&] { recorded = records(dst, &from); });
+  }
   if (recorded || meets) return defer_copy(dst, src);
   Type to_kernel{}, from_kernel{};
   if (!kernel_types(to_type, from_type, to_kernel, from_kernel)) return defer_cast(dst, src);
-
-  Dim dims[kMaxRank];
-  const int rank = loops(to, from, dims);
-  if (written) {
-    // Destinations that may hold one element twice (as_strided windows) keep torch's order of writes.
-    if (!program_.add(data(to), data(from), to_kernel, from_kernel, dims, rank)) return defer_copy(dst, src);
+  // Destinations that may hold one element twice (as_strided windows) keep torch's order of writes.
+  if (written && !program_.add(data(to), data(from), to_kernel, from_kernel, pair.dims, pair.rank)) {
+    return defer_copy(dst, src);
   }
   bumps_.push_back(dst.unsafeGetTensorImpl());
 }
@@ -258,7 +282,7 @@ bool Batch::runs_python() const { return program_.bytes >= kReleaseGil || !defer
 
 void Batch::run(bool non_blocking) {
   if (autograd_ != Autograd::Below) {
-    for (at::TensorImpl* impl : bumps_) impl->bump_version();
+    bump_versions(bumps_.size(), [this](size_t i) { return bumps_[i]; });
   }
   routes().add(program_);
   routes().native += static_cast<int64_t>(deferred_.size());

@@ -58,11 +58,11 @@ class Batch {
   // The caller keeps all tensors alive until run() is over.
   void copy(Place place, const at::Tensor& dst, const at::Tensor& src);
 
-  // Records the first of `n` copies, on all threads, as long as they are of the commonest kind: plain,
-  // both sides dense, of one dtype and shape, nothing for autograd. Returns how many. dst(i) and src(i)
-  // give the tensors, or null for what is not plain; they are called by several threads.
+  // Records the first of `n` copies, in `pieces` pieces at once, as long as the kernels can do them and
+  // nobody else has a say. Returns how many. dst(i) and src(i) give the tensors, or null for one that is not
+  // plain; they are called by several threads.
   template <class Dst, class Src>
-  size_t copy_dense(size_t n, Dst dst, Src src);
+  size_t copy_plain(size_t n, size_t pieces, Dst dst, Src src);
   void fill(Place place, const at::Tensor& dst, Number& value);
   void fill(Place place, const at::Tensor& dst, const at::Tensor& value);
 
@@ -97,8 +97,13 @@ class Batch {
     void write(bool non_blocking) const;
   };
 
-  // The task of a pair of the commonest kind. False if it is not of that kind.
-  bool dense(const at::TensorImpl& dst, const at::TensorImpl& src, bool grad_mode, Task& task) const;
+  // Adds a copy of equal dtypes and shapes, dense on both sides. False, and nothing added, if it is none or
+  // not plain().
+  bool add_dense(const at::TensorImpl& dst, const at::TensorImpl& src, bool grad_mode, Program& program) const;
+  // The same for any shapes and strides.
+  bool add_strided(const at::TensorImpl& dst, const at::TensorImpl& src, bool grad_mode, Program& program) const;
+  // Whether a copy is the kernels' alone, as far as can be told without the shapes.
+  bool plain(const at::TensorImpl& dst, const at::TensorImpl& src, bool grad_mode) const;
   void check_version(Place place, Access how) const;
   bool records(const at::Tensor& dst, const at::TensorImpl* src) const;
   void copy_strided(Place place, const at::Tensor& dst, const at::Tensor& src);
@@ -109,58 +114,63 @@ class Batch {
 
   Autograd autograd_ = Autograd::Follow;
   Program program_;
+  std::vector<Program> parts_;  // of copy_plain, empty between calls
   std::vector<at::TensorImpl*> bumps_;
   std::vector<Deferred> deferred_;
   std::deque<std::array<char, 16>> elements_;  // of fills; a deque keeps their addresses
 };
 
-inline bool Batch::dense(const at::TensorImpl& to, const at::TensorImpl& from, bool grad_mode, Task& task) const {
-  if (access(to) != Access::Plain || access(from) == Access::Native || to.dtype() != from.dtype() ||
-      !to.is_contiguous() || !from.is_contiguous() || to.sizes() != from.sizes()) {
+inline bool Batch::plain(const at::TensorImpl& to, const at::TensorImpl& from, bool grad_mode) const {
+  return access(to) == Access::Plain && access(from) != Access::Native && has_memory(to) && has_memory(from) &&
+         (autograd_ != Autograd::Follow || !(on_autograd(to, grad_mode) || on_autograd(from, grad_mode)));
+}
+
+inline bool Batch::add_dense(const at::TensorImpl& to, const at::TensorImpl& from, bool grad_mode,
+                             Program& program) const {
+  if (!plain(to, from, grad_mode) || to.dtype() != from.dtype() || !to.is_contiguous() || !from.is_contiguous() ||
+      to.sizes() != from.sizes()) {
     return false;
   }
-  if (autograd_ == Autograd::Follow && (on_autograd(to, grad_mode) || on_autograd(from, grad_mode))) return false;
   const auto type = c10::typeMetaToScalarType(to.dtype());
   const auto width = static_cast<int64_t>(to.itemsize());
   const int64_t bytes = to.numel() * width;
   char* d = data(to);
   const char* s = data(from);
-  if (bytes == 0 || !has_memory(to) || !has_memory(from) || (d < s + bytes && s < d + bytes) ||
-      !conversion_known(type, type)) {
-    return false;
-  }
-  task = Program::contiguous(d, s, bytes, width);
+  if (bytes == 0 || (d < s + bytes && s < d + bytes) || !conversion_known(type, type)) return false;
+  program.add_contiguous(d, s, bytes, width);
   return true;
 }
 
-// The tasks are made in place: no list of a thread's own has to be put together with the others.
 template <class Dst, class Src>
-size_t Batch::copy_dense(size_t n, Dst dst, Src src) {
-  const size_t tasks = program_.tasks.size(), bumps = bumps_.size();
-  program_.tasks.resize(tasks + n);
+size_t Batch::copy_plain(size_t n, size_t pieces, Dst dst, Src src) {
+  const size_t bumps = bumps_.size();
   bumps_.resize(bumps + n);
+  if (parts_.size() < pieces) parts_.resize(pieces);
   const bool grad_mode = at::GradMode::is_enabled();
-  std::atomic<size_t> dense_ones{n};  // as far as is known
-  in_pieces(n, [&](size_t first, size_t last) {
+  std::atomic<size_t> plain_ones{n};  // as far as is known
+  in_pieces(n, pieces, [&](size_t piece, size_t first, size_t last) {
+    Program& program = pieces == 1 ? program_ : parts_[piece];
     for (size_t i = first; i < last; ++i) {
-      size_t known = dense_ones.load(std::memory_order_relaxed);
+      size_t known = plain_ones.load(std::memory_order_relaxed);
       if (known < i) return;
       at::TensorImpl* to = dst(i);
       const at::TensorImpl* from = src(i);
-      if (to == nullptr || from == nullptr || !dense(*to, *from, grad_mode, program_.tasks[tasks + i])) {
-        while (i < known && !dense_ones.compare_exchange_weak(known, i)) {
+      if (to == nullptr || from == nullptr ||
+          !(add_dense(*to, *from, grad_mode, program) || add_strided(*to, *from, grad_mode, program))) {
+        while (i < known && !plain_ones.compare_exchange_weak(known, i)) {
         }
         return;
       }
       bumps_[bumps + i] = to;
     }
   });
-  const size_t found = dense_ones;
-  program_.tasks.resize(tasks + found);
-  bumps_.resize(bumps + found);
-  for (size_t t = tasks; t < tasks + found; ++t) program_.bytes += program_.tasks[t].run;
-  program_.families[static_cast<int>(Family::Copy)] += static_cast<int64_t>(found);
-  return found;
+  bumps_.resize(bumps + plain_ones);
+  for (size_t piece = 0; pieces > 1 && piece < pieces; ++piece) {
+    // Behind the first that is not plain nothing counts.
+    if (n * piece / pieces < plain_ones) program_.append(parts_[piece]);
+    parts_[piece].clear();
+  }
+  return plain_ones;
 }
 
 }  // namespace paramkit

@@ -7,7 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
+#include <map>
 
 #include "core/normalize.h"
 #include "cpu/run.h"
@@ -79,6 +79,40 @@ constexpr int64_t kProgressBytes = 32 << 20;
 
 void Plan::prepare() { orphan_counts(false); }
 
+// Finds the kind of a tensor, or adds it.
+class Plan::Kinds {
+ public:
+  explicit Kinds(Plan& plan) : plan_(plan) {}
+
+  Snapshot snapshot(const at::Tensor& tensor) {
+    const at::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+    const bool strided = impl->layout() == c10::kStrided && impl->has_storage();
+    std::vector<int64_t> layout;
+    if (strided) {
+      layout.insert(layout.end(), impl->sizes().begin(), impl->sizes().end());
+      layout.insert(layout.end(), impl->strides().begin(), impl->strides().end());
+    }
+    std::vector<uint64_t> key{impl->key_set().raw_repr(),
+                              static_cast<uint64_t>(c10::typeMetaToScalarType(impl->dtype()))};
+    key.insert(key.end(), layout.begin(), layout.end());
+    const auto [found, added] = known_.try_emplace(std::move(key), static_cast<uint32_t>(plan_.kinds_.size()));
+    if (added) {
+      const auto rank = static_cast<uint32_t>(layout.size() / 2);
+      plan_.kinds_.push_back({impl->key_set(), impl->dtype(), rank, plan_.layouts_.size()});
+      plan_.layouts_.insert(plan_.layouts_.end(), layout.begin(), layout.end());
+    }
+    Snapshot result{};
+    result.kind = found->second;
+    if (strided) result.storage = impl->unsafe_storage().unsafeGetStorageImpl();
+    plan_.set_memory(result, tensor);
+    return result;
+  }
+
+ private:
+  Plan& plan_;
+  std::map<std::vector<uint64_t>, uint32_t> known_;
+};
+
 Plan::Plan(std::vector<at::Tensor> dsts, std::vector<at::Tensor> srcs, std::vector<Write> writes,
            std::vector<Slot> slots, bool follow_autograd, bool ordered)
     : dsts_(std::move(dsts)),
@@ -88,8 +122,9 @@ Plan::Plan(std::vector<at::Tensor> dsts, std::vector<at::Tensor> srcs, std::vect
       follow_autograd_(follow_autograd),
       ordered_(ordered),
       orphan_counts_{orphan_counts(false), orphan_counts(true)} {
+  Kinds kinds(*this);
   for (const at::Tensor& tensor : dsts_) {
-    dst_snapshots_.push_back(snapshot(tensor));
+    dst_snapshots_.push_back(kinds.snapshot(tensor));
     if (follow_autograd_) {
       Owner owner{python_object(tensor), nullptr, nullptr};
       if (tensor.is_view()) {
@@ -99,7 +134,7 @@ Plan::Plan(std::vector<at::Tensor> dsts, std::vector<at::Tensor> srcs, std::vect
       owners_.push_back(owner);
     }
   }
-  for (const at::Tensor& tensor : srcs_) src_snapshots_.push_back(snapshot(tensor));
+  for (const at::Tensor& tensor : srcs_) src_snapshots_.push_back(kinds.snapshot(tensor));
   program_.tasks.reserve(writes_.size());
   for (size_t w = 0; w < writes_.size(); ++w) compile(w);
 }
@@ -138,43 +173,36 @@ std::vector<std::string> Plan::families() const {
 
 // --- is everything still as planned? -----------------------------------------------------------
 
-Plan::Snapshot Plan::snapshot(const at::Tensor& tensor) {
-  at::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-  Snapshot result{};
-  result.impl = impl;
-  result.layout = static_cast<uint32_t>(layouts_.size());
-  result.keys = impl->key_set();
-  result.dtype = impl->dtype();
-  if (impl->layout() != c10::kStrided || !impl->has_storage()) return result;
-  result.storage = impl->unsafe_storage().unsafeGetStorageImpl();
-  result.begin = static_cast<const char*>(result.storage->data());
-  result.deleter = deleter(*impl);
-  result.offset = impl->storage_offset();
-  result.rank = static_cast<uint32_t>(impl->dim());
-  layouts_.insert(layouts_.end(), impl->sizes().begin(), impl->sizes().end());
-  layouts_.insert(layouts_.end(), impl->strides().begin(), impl->strides().end());
-  return result;
+// Takes the tensor of a snapshot, and where its memory is.
+void Plan::set_memory(Snapshot& snapshot, const at::Tensor& tensor) const {
+  snapshot.impl = tensor.unsafeGetTensorImpl();
+  if (snapshot.storage == nullptr) return;
+  snapshot.storage = snapshot.impl->unsafe_storage().unsafeGetStorageImpl();
+  snapshot.data = data(*snapshot.impl);
+  snapshot.bytes = snapshot.storage->nbytes();
 }
 
-// Whether a tensor has the dtype, kind, shape and strides of a snapshot, wherever its memory is. Of one
+// Whether a tensor has the dtype, keys, shape and strides of a snapshot, wherever its memory is. Of one
 // that is not strided torch's own copy_ judges the shape.
-inline bool Plan::same_layout(const Snapshot& was, const at::TensorImpl& impl) const {
-  if (impl.key_set() != was.keys || impl.dtype() != was.dtype) return false;
+C10_ALWAYS_INLINE bool Plan::same_layout(const Snapshot& was, const at::TensorImpl& impl) const {
+  const Kind& kind = kinds_[was.kind];
+  if (impl.key_set() != kind.keys || impl.dtype() != kind.dtype) return false;
   if (was.storage == nullptr) return true;
   const auto sizes = impl.sizes(), strides = impl.strides();
-  const int64_t* layout = layouts_.data() + was.layout;
-  if (sizes.size() != was.rank) return false;
-  for (uint32_t i = 0; i < was.rank; ++i) {
-    if (sizes[i] != layout[i] || strides[i] != layout[was.rank + i]) return false;
+  const int64_t* layout = layouts_.data() + kind.layout;
+  if (sizes.size() != kind.rank) return false;
+  for (uint32_t i = 0; i < kind.rank; ++i) {
+    if (sizes[i] != layout[i] || strides[i] != layout[kind.rank + i]) return false;
   }
   return true;
 }
 
-inline bool Plan::intact(const Snapshot& was) const {
+// A storage that was shrunk may lie where it lay before. Copy-on-write has a data pointer like any other.
+C10_ALWAYS_INLINE bool Plan::intact(const Snapshot& was) const {
   const at::TensorImpl& impl = *was.impl;
   if (was.storage == nullptr) return same_layout(was, impl);
-  return impl.unsafe_storage().unsafeGetStorageImpl() == was.storage && was.storage->data() == was.begin &&
-         impl.storage_offset() == was.offset && deleter(impl) == was.deleter && same_layout(was, impl);
+  return impl.unsafe_storage().unsafeGetStorageImpl() == was.storage && same_layout(was, impl) &&
+         data(impl) == was.data && was.storage->nbytes() == was.bytes && deleter(impl) != &c10::impl::cow::cow_deleter;
 }
 
 // Whether only this plan keeps a tensor alive: whoever it was planned for has another one now. Only a
@@ -203,20 +231,22 @@ inline bool Plan::slot_holds(const Slot& slot) const {
 // themselves: leaving out the sizes and strides saves 4 ns, all else together 3. Tried without gain:
 // fetching the objects ahead, comparing them with images of their bytes a vector at a time, and keeping
 // the sizes of vectors beside the rest.
-bool Plan::intact(const std::vector<Snapshot>& all, bool& recorded) const {
+template <class Also>
+bool Plan::intact(const std::vector<Snapshot>& all, bool& recorded, Also also) const {
   const bool grad_mode = at::GradMode::is_enabled();
   std::atomic<bool> whole{true}, any{false};
-  in_pieces(all.size(), [&](size_t first, size_t last) {
+  in_pieces(all.size(), pieces_of(all.size()), [&](size_t, size_t first, size_t last) {
     constexpr size_t kAhead = 12;
     const size_t fetched = all.size() > kLongList ? last - std::min(last - first, kAhead) : 0;
     bool own = false;
     for (size_t i = first; i < last; ++i) {
       const Snapshot& was = all[i];
+      if (i > first && was.impl == all[i - 1].impl) continue;  // one number for a thousand slices
       if (i < fetched) {
         prefetch(all[i + kAhead].impl);
         prefetch(all[i + kAhead].storage);
       }
-      if (!intact(was)) return whole.store(false);
+      if (!intact(was) || !also(i)) return whole.store(false);
       if (follow_autograd_) own |= on_autograd(*was.impl, grad_mode);
     }
     if (own) any = true;
@@ -227,17 +257,8 @@ bool Plan::intact(const std::vector<Snapshot>& all, bool& recorded) const {
 
 bool Plan::intact(bool& recorded) const {
   return std::all_of(slots_.begin(), slots_.end(), [this](const Slot& slot) { return slot_holds(slot); }) &&
-         intact(dst_snapshots_, recorded) && intact(src_snapshots_, recorded) && !any_orphan();
-}
-
-bool Plan::any_orphan() const {
-  std::atomic<bool> found{false};
-  in_pieces(owners_.size(), [&](size_t first, size_t last) {
-    for (size_t i = first; i < last; ++i) {
-      if (orphan(i)) return found.store(true);
-    }
-  });
-  return found;
+         intact(dst_snapshots_, recorded, [this](size_t i) { return !orphan(i); }) &&
+         intact(src_snapshots_, recorded, [](size_t) { return true; });
 }
 
 std::vector<int64_t> Plan::replaced() const {
@@ -277,15 +298,7 @@ bool Plan::rebind(const py::dict& tensors, const py::list& names) {
     srcs.push_back(tensor);
   }
   srcs_ = std::move(srcs);
-  for (size_t i = 0; i < srcs_.size(); ++i) {
-    Snapshot& now = src_snapshots_[i];
-    now.impl = srcs_[i].unsafeGetTensorImpl();
-    if (now.storage == nullptr) continue;
-    now.storage = now.impl->unsafe_storage().unsafeGetStorageImpl();
-    now.begin = static_cast<const char*>(now.storage->data());
-    now.offset = now.impl->storage_offset();
-    now.deleter = deleter(*now.impl);
-  }
+  for (size_t i = 0; i < srcs_.size(); ++i) set_memory(src_snapshots_[i], srcs_[i]);
   for (size_t t = 0; t < program_.tasks.size(); ++t) {
     const Write& write = writes_[task_write_[t]];
     const at::TensorImpl& src = *srcs_[static_cast<size_t>(write.src)].unsafeGetTensorImpl();
@@ -335,7 +348,7 @@ bool Plan::run(const py::object& progress) {
     tell_all();
     return true;
   }
-  bump_versions();
+  bump_versions(dst_snapshots_.size(), [this](size_t i) { return dst_snapshots_[i].impl; });
   routes().add(program_);
   routes().native += static_cast<int64_t>(native_.size());
   if (ordered_ || !progress.is_none()) {
@@ -345,14 +358,6 @@ bool Plan::run(const py::object& progress) {
   run_tasks(program_, 0, program_.tasks.size(), true);
   for (uint32_t w : native_) copy_native(w);
   return true;
-}
-
-void Plan::bump_versions() const {
-  const bool inference = c10::InferenceMode::is_enabled();  // only then may inference tensors be written
-  in_pieces(dst_snapshots_.size(), [&](size_t first, size_t last) {
-    const c10::InferenceMode as_the_caller(inference);
-    for (size_t i = first; i < last; ++i) dst_snapshots_[i].impl->bump_version();
-  });
 }
 
 int64_t Plan::bytes_of(size_t w) const {

@@ -70,17 +70,22 @@ class Plan {
   std::vector<int64_t> verify() const;
 
  private:
+  // What tensors that are alike have in common. Most lists have a few kinds, which stay in the L1 cache
+  // while a thousand tensors are compared with them.
+  struct Kind {
+    c10::DispatchKeySet keys;  // among them the conjugate and the negative bit
+    caffe2::TypeMeta dtype;
+    uint32_t rank;
+    size_t layout;  // sizes, then strides, in layouts_
+  };
+
   // A tensor as it was when the plan was made.
   struct Snapshot {
     at::TensorImpl* impl;
-    at::StorageImpl* storage;
-    const char* begin;  // of the storage
-    c10::DeleterFnPtr deleter;
-    int64_t offset;
-    c10::DispatchKeySet keys;  // among them the conjugate and the negative bit
-    caffe2::TypeMeta dtype;
-    uint32_t layout;  // sizes, then strides, in layouts_
-    uint32_t rank;
+    at::StorageImpl* storage;  // null if it is not strided
+    const char* data;          // the first element
+    size_t bytes;              // of the storage
+    uint32_t kind;
   };
 
   // Who else may hold a destination of a list: its Python object, and a view's base with its own.
@@ -90,15 +95,15 @@ class Plan {
     PyObject* base_object;
   };
 
-  Snapshot snapshot(const at::Tensor& tensor);
+  class Kinds;
+  void set_memory(Snapshot& snapshot, const at::Tensor& tensor) const;
   bool same_layout(const Snapshot& was, const at::TensorImpl& impl) const;
   bool intact(const Snapshot& was) const;
-  bool intact(const std::vector<Snapshot>& all, bool& recorded) const;
+  template <class Also>
+  bool intact(const std::vector<Snapshot>& all, bool& recorded, Also also) const;
   bool slot_holds(const Slot& slot) const;
   bool orphan(size_t dst) const;
-  bool any_orphan() const;
   bool intact(bool& recorded) const;
-  void bump_versions() const;
   void compile(size_t write);
   at::Tensor view(const at::Tensor& tensor, const Write& write, bool dst) const;
   void copy_native(size_t write) const;
@@ -114,6 +119,7 @@ class Plan {
 
   std::vector<Snapshot> dst_snapshots_, src_snapshots_;
   std::vector<Owner> owners_;  // of the destinations, where autograd is followed
+  std::vector<Kind> kinds_;
   std::vector<int64_t> layouts_;
   Program program_;
   std::vector<uint32_t> task_write_;  // the write of each task

@@ -7,6 +7,7 @@
 
 #include <cstring>
 
+#include "cpu/run.h"
 #include "torch/batch.h"
 #include "torch/load_state_dict.h"
 #include "torch/scratch.h"
@@ -89,6 +90,22 @@ at::TensorImpl* fetch_ahead(const Items& items, size_t i) {
     if (tensor != nullptr && tensor->unsafe_storage()) prefetch(tensor->unsafe_storage().unsafeGetStorageImpl());
   }
   return exact_tensor(items.data[i]);
+}
+
+// Whether a list is worth several threads before anything is copied: it is long, or by a few of its entries
+// so large that the copy will need them anyway.
+bool several_threads(const Items& dsts) {
+  const auto n = static_cast<size_t>(dsts.size);
+  if (n > kLongList) return true;
+  constexpr size_t kFew = 16, kLeast = 256;
+  if (n < kLeast) return false;
+  size_t bytes = 0;
+  for (size_t i = 0; i < kFew; ++i) {
+    const at::TensorImpl* impl = exact_tensor(dsts.data[i * n / kFew + i]);
+    if (impl != nullptr && access(*impl) == Access::Plain)
+      bytes += static_cast<size_t>(impl->numel()) * impl->itemsize();
+  }
+  return bytes / kFew * n >= static_cast<size_t>(cpu::kParallelBytes) * 3 / 2;
 }
 
 bool is_tensor(PyObject* object) { return THPVariable_CheckExact(object) || THPVariable_Check(object); }
@@ -231,9 +248,10 @@ PyObject* foreach_copy_(PyObject*, PyObject* const* args, Py_ssize_t n) {
   const auto n = static_cast<size_t>(dsts.size);
   const auto entries = [](const Items& items) { return [&items](size_t i) { return exact_tensor(items.data[i]); }; };
   const auto far_entries = [](const Items& items) { return [&items](size_t i) { return fetch_ahead(items, i); }; };
-  const size_t dense = n > kLongList ? batch->copy_dense(n, far_entries(dsts), far_entries(srcs))
-                                     : batch->copy_dense(n, entries(dsts), entries(srcs));
-  for (auto i = static_cast<Py_ssize_t>(dense); i < dsts.size; ++i) {
+  const size_t pieces = several_threads(dsts) ? static_cast<size_t>(threads()) : 1;
+  const size_t plain = n > kLongList ? batch->copy_plain(n, pieces, far_entries(dsts), far_entries(srcs))
+                                     : batch->copy_plain(n, pieces, entries(dsts), entries(srcs));
+  for (auto i = static_cast<Py_ssize_t>(plain); i < dsts.size; ++i) {
     hold_unless_simple(dsts, srcs, i, i);
     add_copy(*batch, {op, i}, dsts.data[i], srcs.data[i]);
   }

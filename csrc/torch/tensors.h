@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include <atomic>
+#include <cstring>
 
 #include "core/task.h"
 
@@ -27,6 +28,13 @@ inline void prefetch(const at::TensorImpl* impl) {
 inline void prefetch(const at::StorageImpl* storage) {
   const char* bytes = reinterpret_cast<const char*>(storage);
   for (size_t line = 0; line < sizeof(at::StorageImpl); line += 64) __builtin_prefetch(bytes + line);
+}
+
+// It is a pointer to the counter; should it become something else, something else is fetched.
+inline void prefetch(const c10::VariableVersion& version) {
+  const void* counter = nullptr;
+  std::memcpy(&counter, &version, sizeof(counter));
+  __builtin_prefetch(counter, 1);
 }
 
 // How the kernels may treat a tensor.
@@ -54,7 +62,7 @@ inline Access access(const at::TensorImpl& impl) {
 }
 
 // The first element. Does not ask whether the storage is initialised: an empty tensor gives nullptr.
-inline char* data(const at::TensorImpl& impl) {
+C10_ALWAYS_INLINE char* data(const at::TensorImpl& impl) {
   auto* base = static_cast<char*>(const_cast<void*>(impl.unsafe_storage().unsafeGetStorageImpl()->data()));
   return base + impl.storage_offset() * static_cast<int64_t>(impl.itemsize());
 }

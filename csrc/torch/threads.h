@@ -2,11 +2,13 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <c10/core/InferenceMode.h>
 
 #include <algorithm>
 #include <cstddef>
 
 #include "core/task.h"
+#include "torch/tensors.h"
 
 namespace paramkit {
 
@@ -17,15 +19,37 @@ inline constexpr size_t kLongList = 4096;
 // The threads that a call may use.
 inline int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-// Calls body(first, last) for pieces of [0, n), on all threads if n is a long list. The body may look at
-// Python objects, since the caller keeps the GIL meanwhile, but may not touch their reference counts.
+// How many pieces a list of `n` tensors is looked at in.
+inline size_t pieces_of(size_t n) { return n > kLongList ? static_cast<size_t>(threads()) : 1; }
+
+// Calls body(piece, first, last) for `pieces` pieces of [0, n), each on a thread. The body may look at Python
+// objects, since the caller keeps the GIL meanwhile, but may not touch reference counts, of tensors neither:
+// they count for their Python objects too.
 template <class Body>
-void in_pieces(size_t n, Body body) {
-  const auto pieces = static_cast<size_t>(threads());
-  if (n <= kLongList || pieces == 1) return body(size_t{0}, n);
+void in_pieces(size_t n, size_t pieces, Body body) {
+  if (pieces == 1) return body(size_t{0}, size_t{0}, n);
   at::parallel_for(0, static_cast<int64_t>(pieces), 1, [&](int64_t begin, int64_t end) {
     for (auto i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
-      body(n * i / pieces, n * (i + 1) / pieces);
+      body(i, n * i / pieces, n * (i + 1) / pieces);
+    }
+  });
+}
+
+// Raises the version counters of impl(i) for i in [0, n).
+template <class Impl>
+void bump_versions(size_t n, Impl impl) {
+  const bool inference = c10::InferenceMode::is_enabled();  // only then may inference tensors be written
+  in_pieces(n, pieces_of(n), [&](size_t, size_t first, size_t last) {
+    const c10::InferenceMode as_the_caller(inference);
+    // A counter that no cache holds stalls all that comes behind it, since its increment is locked.
+    constexpr size_t kStep = 8;
+    const size_t fetched = n > kLongList ? last - std::min(last - first, 2 * kStep) : 0;
+    for (size_t i = first; i < last; ++i) {
+      if (i < fetched) {
+        __builtin_prefetch(&impl(i + 2 * kStep)->version_counter());
+        prefetch(impl(i + kStep)->version_counter());
+      }
+      impl(i)->bump_version();
     }
   });
 }
