@@ -53,6 +53,11 @@ struct Vec {
     return n & ~int64_t{7};
   }
   static constexpr bool kLooksUp = false;
+  static constexpr bool kShifts16 = false;
+  template <class, int>
+  static int64_t from_brain(void*, const void*, int64_t) {
+    return 0;
+  }
   static int64_t look_up(void*, const void*, int64_t, const uint16_t*) { return 0; }
   static int64_t to_half(void* dst, const void* src, int64_t n) {
     for (int64_t i = 0; i < n / 8; ++i) {

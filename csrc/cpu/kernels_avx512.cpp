@@ -61,6 +61,37 @@ struct Vec {
     return n & ~int64_t{15};
   }
   static constexpr bool kLooksUp = true;
+  static constexpr bool kShifts16 = true;
+  template <class F, int kBeyond>
+  static int64_t from_brain(void* dst, const void* src, int64_t n) {
+    const auto all = [](uint32_t value) { return _mm512_set1_epi16(static_cast<int16_t>(value)); };
+    const Reg least = all(F::kLeastNormal >> 23), drop = all(F::kDrop), one = all(1);
+    for (int64_t i = 0; i < n / 32; ++i) {
+      const Reg x = load(static_cast<const char*>(src) + 64 * i), magnitude = _mm512_and_si512(x, all(0x7fff));
+      const Reg clamped = _mm512_min_epu16(magnitude, all(F::kTooLarge >> 16));
+      const Reg exponent = _mm512_srli_epi16(clamped, 7), normal = _mm512_max_epu16(exponent, least);
+      // Counts of 16 and more give zeros, which is right: nothing is left.
+      const Reg shift = _mm512_add_epi16(drop, _mm512_sub_epi16(normal, exponent));
+      const Reg significand = _mm512_or_si512(_mm512_and_si512(clamped, all(0x7f)), all(0x80));
+      const Reg odd = _mm512_and_si512(_mm512_srlv_epi16(significand, shift), one);
+      const Reg half = _mm512_srli_epi16(_mm512_sllv_epi16(one, shift), 1);
+      const Reg sum = _mm512_add_epi16(_mm512_sub_epi16(_mm512_add_epi16(significand, half), one), odd);
+      const Reg above = _mm512_slli_epi16(_mm512_sub_epi16(normal, least), 7 - F::kDrop);
+      Reg code = _mm512_add_epi16(_mm512_srlv_epi16(sum, shift), above);
+      code = _mm512_mask_mov_epi16(code, _mm512_cmpge_epu16_mask(code, all(F::kEnd)), all(kBeyond));
+      const Reg sign = _mm512_and_si512(_mm512_srli_epi16(x, 8), all(0x80));
+      if constexpr (F::kSigned) {
+        code = _mm512_mask_mov_epi16(code, _mm512_cmpgt_epu16_mask(magnitude, all(0x7f80)), all(F::kNan));
+        code = _mm512_or_si512(code, sign);
+      } else {
+        // Zero and NaN have no sign.
+        const __mmask32 signless = _mm512_cmpeq_epi16_mask(_mm512_and_si512(code, all(0x7f)), _mm512_setzero_si512());
+        code = _mm512_mask_mov_epi16(_mm512_or_si512(code, sign), signless, code);
+      }
+      _mm256_storeu_si256(static_cast<__m256i*>(dst) + i, _mm512_cvtepi16_epi8(code));
+    }
+    return n & ~int64_t{31};
+  }
   static int64_t look_up(void* dst, const void* src, int64_t n, const uint16_t* table) {
     Reg part[8];
     for (int i = 0; i < 8; ++i) part[i] = _mm512_load_si512(table + 32 * i);

@@ -22,6 +22,11 @@ struct Vec : Lane {
   static Reg gather(const char* p, int64_t) { return load(p); }
   static int64_t from_half(void*, const void*, int64_t) { return 0; }
   static constexpr bool kLooksUp = false;
+  static constexpr bool kShifts16 = false;
+  template <class, int>
+  static int64_t from_brain(void*, const void*, int64_t) {
+    return 0;
+  }
   static int64_t look_up(void*, const void*, int64_t, const uint16_t*) { return 0; }
   static int64_t to_half(void*, const void*, int64_t) { return 0; }
 };
