@@ -146,7 +146,7 @@ def _timed(case: Case, quick: bool, tiny: bool, limits: Limits) -> Outcome:
         name: Timing.of(samples[name], side.bytes, side.loop) for name, side in sides.items()
     }
     figures: dict[str, Figure | None] = {"ratio": _against(samples, "torch", case.mode)}
-    for name in sorted({"ceiling", "limit"} & case.needs):
+    for name in sorted({"ceiling", "limit"} & ({*case.needs, *samples})):
         figures[name] = _against(samples, name, case.mode, sides["paramkit"].bytes, sides)
     if "limit" in samples:
         limits.add(case.limit, samples["limit"])

@@ -53,7 +53,7 @@ class Side:
         return (_clock() - start) / count
 
 
-def _plain(name: str, loop: plain.Loop, inner: int = 1) -> Side:
+def _plain(name: str, loop: plain.Loop | plain.Pairs, inner: int = 1) -> Side:
     return Side(name, loop, loop.bytes, inner, batched=True, loop=loop.name)
 
 
@@ -81,4 +81,6 @@ def sides_of(case: Case, work: Work, limits: Limits, quick: bool) -> dict[str, S
             loop = limits.loop(case.limit) if "limit" in case.needs else None
             if loop is not None:
                 found.append(_plain("limit", loop))
+    if work.pairs is not None and plain.available():
+        found.append(_plain("ceiling", work.pairs))
     return {each.name: each for each in found}

@@ -1,7 +1,9 @@
 """Conversions: every ordered pair of dtypes that torch can convert, contiguous.
 
-Both sides together are 64 MiB. The values are small whole numbers, in range for every dtype, so that
-the bits of both sides must be equal; the tests have NaNs and numbers out of range.
+Both sides together are 512 MiB, more than any cache holds: of 64 MiB a plain copy in memory of its own
+stays in a large one, while the two sides of a case push each other out. The values are small whole
+numbers, in range for every dtype, so that the bits of both sides must be equal; the tests have NaNs and
+numbers out of range.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from ..targets import GUARD, AtLeast, Condition, Either
 from .calls import copy
 from .registry import MIB, Work, case, group
 
-CASTS = group("casts", "Conversions, 64 MiB read and written together")
+CASTS = group("casts", "Conversions, 512 MiB read and written together")
 
 DTYPES = inputs.FLOATS + inputs.FLOAT8 + inputs.INTEGERS + (torch.bool,)
 HALVES = {torch.float16, torch.bfloat16}
@@ -74,7 +76,7 @@ def _pairs() -> None:
             quick=(source, dtype) in QUICK,
         )
         def cast(tiny: bool, source=source, dtype=dtype) -> Work:
-            count = 1000 if tiny else 64 * MIB // (source.itemsize + dtype.itemsize)
+            count = 1000 if tiny else 512 * MIB // (source.itemsize + dtype.itemsize)
             src = inputs.tiled((count,), source)
             dst = torch.empty(count, dtype=dtype)
             dst.view(torch.uint8).zero_()  # the pages are there before the clock starts

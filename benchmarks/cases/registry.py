@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from benchmarks import plain
 from benchmarks.targets import GUARD, AtLeast, Condition
 
 __all__ = [
@@ -44,7 +45,7 @@ class Work:
 
     `ours` and `peer` are paramkit's and torch's; `numpy` is numpy's where it has the dtypes. `inner`
     calls make one sample. `dense` is the destination and the source (None: a fill) of a case that
-    libc can do too.
+    libc can do too; `pairs` is a list of small writes as a plain C loop.
     """
 
     ours: Callable[[], object]
@@ -54,6 +55,7 @@ class Work:
     inner: int = 1
     numpy: Callable[[], object] | None = None
     dense: tuple[Tensor, Tensor | None] | None = None
+    pairs: plain.Pairs | None = None
     keep: list[object] = field(default_factory=list)
     facts: dict[str, object] = field(default_factory=dict)
 

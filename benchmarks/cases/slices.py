@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
+from benchmarks import plain
 from tests import cases as inputs
 
 from .registry import Work, case, group, moved, targets
@@ -24,6 +26,14 @@ def assign(weights: Sequence[Tensor]) -> None:
     """What people write."""
     for weight in weights:
         weight[:, :, 1:2, 1:2] = 0.5
+
+
+def _taps(views: Sequence[Tensor]) -> plain.Pairs:
+    """The least that they cost: one number into every ninth place, in a plain C loop."""
+    number = torch.full((1,), 0.5)
+    tap = 9 * number.element_size()
+    runs = views[0].numel()
+    return plain.Pairs(list(views), [number] * len(views), runs, number.element_size(), tap)
 
 
 def _fills() -> None:
@@ -51,6 +61,7 @@ def _fills() -> None:
                 peer=lambda: assign(weights),
                 dsts=weights,
                 bytes=moved(views),
+                pairs=_taps(views),
             )
 
         @case(
@@ -71,6 +82,7 @@ def _fills() -> None:
                 dsts=weights,
                 bytes=moved(views),
                 keep=[views],
+                pairs=_taps(views),
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from benchmarks import plain
 from tests import cases as inputs
 from tests import mixture
 
@@ -27,19 +28,28 @@ def _replay(dsts: list[Tensor], srcs: list[Tensor]) -> Work:
     )
 
 
+def _with_floor(work: Work, srcs: list[Tensor]) -> Work:
+    """Beside the least that such a list costs: dense pairs of one size, ready, in a plain C loop."""
+    size = srcs[0].numel() * srcs[0].element_size()
+    work.pairs = plain.Pairs(work.dsts, srcs, runs=1, run=size)
+    return work
+
+
 def _thousand(tiny: bool) -> tuple[list[Tensor], list[Tensor]]:
     return inputs.small_tensors(10 if tiny else 1000, 64)
 
 
 @case("foreach_copy 1000x64", SMALL, "foreach_copy_ of 1000 x 64 float32, eager", targets(9))
 def foreach_copy_small(tiny: bool) -> Work:
-    return lists(*_thousand(tiny))
+    dsts, srcs = _thousand(tiny)
+    return _with_floor(lists(dsts, srcs), srcs)
 
 
 @case("replay 1000x64 hot", SMALL, "the same, each side alone in a loop", targets(45), mode="hot")
 @case("replay 1000x64", SMALL, "plan(dsts, srcs).apply() against torch._foreach_copy_", targets(22))
 def replay_small(tiny: bool) -> Work:
-    return _replay(*_thousand(tiny))
+    dsts, srcs = _thousand(tiny)
+    return _with_floor(_replay(dsts, srcs), srcs)
 
 
 # A model and its copy are at most 100 MB together; benchmarks --sizes prints the table.

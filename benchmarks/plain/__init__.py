@@ -9,14 +9,15 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .build import NoCompilerError, library
 
-__all__ = ["KINDS", "Loop", "NoCompilerError", "available", "best", "candidates", "why_not"]
+__all__ = ["KINDS", "Loop", "NoCompilerError", "Pairs", "available", "best", "candidates", "why_not"]
 
 KINDS = ("libc", "streaming 16 bytes", "streaming 32 bytes", "streaming 64 bytes")
 
@@ -57,6 +58,45 @@ class Loop:
         else:
             source = self.src.data_ptr()
             library().plain_copy(self.kind, to, source, size, self.threads, times, pool)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Many small writes in a plain C loop: `runs` of `run` bytes a pair, `dst_step` and `src_step` apart.
+
+    With the pointers ready and a locked increment a pair, as a version counter costs: the floor of any
+    list call that keeps autograd informed.
+    """
+
+    dsts: list[Tensor]
+    srcs: list[Tensor]
+    runs: int
+    run: int
+    dst_step: int = 0
+    src_step: int = 0
+
+    @property
+    def name(self) -> str:
+        return "pairs"
+
+    @property
+    def bytes(self) -> int:
+        """Bytes read plus bytes written."""
+        return 2 * len(self.dsts) * self.runs * self.run
+
+    @cached_property
+    def _memory(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        pointers = [
+            np.array([tensor.data_ptr() for tensor in tensors], dtype=np.uintp)
+            for tensors in (self.dsts, self.srcs)
+        ]
+        return pointers[0], pointers[1], np.zeros(64 * len(self.dsts), dtype=np.uint8)
+
+    def __call__(self, times: int = 1) -> None:
+        """Do it `times` times inside C."""
+        to, source, counters = (array.ctypes.data for array in self._memory)
+        steps = (self.runs, self.run, self.dst_step, self.src_step)
+        library().plain_pairs(to, source, len(self.dsts), *steps, counters, times)
 
 
 @cache

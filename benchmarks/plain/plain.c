@@ -208,3 +208,24 @@ void plain_fill(int kind, void* dst, int value, size_t bytes, int threads, int t
   job_t job = {dst, NULL, bytes, kind, value, threads};
   run(job, times, own_pool);
 }
+
+/* --- many small writes ---------------------------------------------------------------------------- */
+
+/* The least that a list of `pairs` writes costs whoever keeps autograd's promises: ready pointers, one run
+ * after another, and a locked increment for each destination, of a counter on a cache line of its own as
+ * version counters are. No tensor is looked at. One thread. */
+void plain_pairs(char** dsts, char** srcs, size_t pairs, size_t runs, size_t run, size_t dst_step, size_t src_step,
+                 char* counters, int times) {
+  for (int t = 0; t < times; t++) {
+    for (size_t i = 0; i < pairs; i++) __atomic_fetch_add((uint32_t*)(counters + 64 * i), 1, __ATOMIC_SEQ_CST);
+    for (size_t i = 0; i < pairs; i++) {
+      char *dst = dsts[i], *src = srcs[i];
+      if (run == 4) {
+        for (size_t r = 0; r < runs; r++) memcpy(dst + r * dst_step, src + r * src_step, 4);
+      } else {
+        for (size_t r = 0; r < runs; r++) memcpy(dst + r * dst_step, src + r * src_step, run);
+      }
+    }
+    __asm__ volatile("" ::: "memory");
+  }
+}
