@@ -249,11 +249,27 @@ def test_the_sides_that_targets_need_are_there() -> None:
         ("copy 256 MiB", {"numpy", "libc", "limit"}),
         ("column slice", {"numpy", "ceiling"}),
         ("cast float8_e4m3fn->bfloat16", {"ceiling"}),
-        ("replay 1000x64", set()),
+        ("replay 1000x64", {"ceiling"}),
+        ("replay experts", set()),
     ):
         case = next(case for case in CASES if case.name == name)
         found = sides_of(case, case.make(True), Limits(1 << 12), quick=False)
         assert set(found) == {"paramkit", "torch"} | needed
+
+
+@needs_compiler
+def test_plain_pairs_write_what_the_list_call_writes() -> None:
+    """The floor of small lists does the same work, or it is none: dense pairs, and taps of one number."""
+    for name in ("replay 1000x64", "fill slices 4x4x3x3"):
+        work = next(case for case in CASES if case.name == name).make(True)
+        assert work.pairs is not None
+        work.ours()
+        expected = [dst.clone() for dst in work.dsts]
+        for dst in work.dsts:
+            dst.zero_()
+        work.pairs(2)
+        assert all(torch.equal(dst, want) for dst, want in zip(work.dsts, expected, strict=True))
+        assert work.pairs._memory[2][::64].tolist() == [2] * len(work.pairs.dsts)
 
 
 # --- targets --------------------------------------------------------------------------------------

@@ -121,6 +121,91 @@ def test_many_tensors_of_many_sizes() -> None:
     snapshot.assert_only_inside()
 
 
+def long_lists(rng: random.Random, count: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Dense, strided, cast and broadcast pairs in turn, all of which the kernels can do."""
+    memory = torch.zeros(count, 48)
+    dsts, srcs = [], []
+    for index in range(count):
+        source = torch.rand(rng.choice((1, 6, 12)))
+        row = memory[index]
+        kind = rng.randrange(4)
+        dsts.append(row[: 2 * source.numel() : 2] if kind == 1 else row[: source.numel()])
+        if kind == 2:
+            source = source.double()
+        srcs.append(source[:1] if kind == 3 else source)
+    return dsts, srcs
+
+
+def odd_pair(odd: str, dsts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """One that is not the kernels' alone, or reads what an earlier pair writes."""
+    dst, src = torch.zeros(3), torch.tensor([1.0, 2.0, 3.0])
+    if odd == "empty":
+        return torch.zeros(0), torch.zeros(0)
+    if odd == "sparse":
+        return dst.to_sparse(), src.to_sparse()
+    if odd == "graph":
+        return dst, src.requires_grad_()
+    return (dst, dsts[5][:1]) if odd == "alias" else (dst, src)
+
+
+@pytest.mark.parametrize("count", [300, 5000])
+@pytest.mark.parametrize("odd", ["none", "empty", "alias", "graph", "sparse"])
+def test_long_lists_in_pieces(count: int, odd: str) -> None:
+    """Lists that several threads take apart; from the first pair that is not plain on, one does."""
+    at = count * 2 // 3  # in the second thread's part
+    results: list[list[Tensor]] = []
+    torch.manual_seed(count)
+    _, values = long_lists(random.Random(count), count)
+    for write in (loop, paramkit.foreach_copy_):
+        dsts = long_lists(random.Random(count), count)[0]
+        srcs = list(values)
+        dsts[at], srcs[at] = odd_pair(odd, dsts)
+        versions = [dst._version for dst in dsts]
+        write(dsts, srcs)
+        assert all(dst._version > was for dst, was in zip(dsts, versions, strict=True))
+        assert dsts[at].requires_grad == (odd == "graph")
+        results.append([dst.detach().to_dense() if dst.is_sparse else dst.detach() for dst in dsts])
+    for index, (theirs, ours) in enumerate(zip(*results, strict=True)):
+        assert torch.equal(ours, theirs), f"pair {index}"
+
+
+def test_an_error_in_a_long_list() -> None:
+    """It names the pair, wherever it is, and the other thread's writes do not happen either."""
+    dsts, srcs = long_lists(random.Random(1), 5000)
+    for index in (0, 2600, 4999):
+        wrong = list(srcs)
+        wrong[index] = torch.rand(7)
+        before = [dst.clone() for dst in dsts]
+        with pytest.raises(RuntimeError, match=rf"srcs\[{index}\]"):
+            paramkit.foreach_copy_(dsts, wrong)
+        assert all(torch.equal(dst, was) for dst, was in zip(dsts, before, strict=True))
+    with torch.no_grad():
+        paramkit.foreach_copy_(dsts, srcs)
+
+
+def test_a_list_with_a_leaf_among_thousands() -> None:
+    """The caller's grad mode counts, not that of the thread that looks at the leaf."""
+    count = 5000
+    dsts = list(torch.zeros(count, 2).unbind())
+    dsts[4000] = torch.zeros(2, requires_grad=True)
+    srcs = list(torch.rand(count, 2).unbind())
+    with pytest.raises(RuntimeError, match="leaf Variable"):
+        paramkit.foreach_copy_(dsts, srcs)
+    assert not dsts[0].any()
+    with torch.no_grad():
+        paramkit.foreach_copy_(dsts, srcs)
+    assert torch.equal(torch.stack([dst.detach() for dst in dsts]), torch.stack(srcs))
+
+
+def test_long_lists_in_inference_mode() -> None:
+    """Inference tensors may be written there, by whichever thread."""
+    with torch.inference_mode():
+        dsts, srcs = list(torch.zeros(5000, 2).unbind()), list(torch.rand(5000, 2).unbind())
+        paramkit.foreach_copy_(dsts, srcs)
+        assert torch.equal(torch.stack(dsts), torch.stack(srcs))
+        paramkit.plan(dsts, srcs).apply()
+
+
 def test_all_empty() -> None:
     dsts = [torch.empty(0), torch.empty(2, 0)]
     paramkit.foreach_copy_(dsts, [torch.empty(0), torch.empty(2, 0)])

@@ -770,6 +770,45 @@ def test_an_emptied_storage() -> None:
     storage.resize_(64)
 
 
+def test_a_storage_shrunk_in_place() -> None:
+    """The new block may lie where the old one lay: the address alone does not tell."""
+    for role in (0, 1):
+        pair = [torch.zeros(64), torch.ones(64)]
+        plan = paramkit.plan([pair[0]], [pair[1]])
+        storage = pair[role].untyped_storage()
+        before = storage.data_ptr()
+        storage.resize_(0)
+        for _ in range(200):  # until the allocator gives the same block again
+            storage.resize_(128)
+            if storage.data_ptr() == before:
+                break
+            storage.resize_(0)
+        with pytest.raises(PlanError, match=("dsts", "srcs")[role]):
+            plan.apply()
+        storage.resize_(256)
+
+
+def test_long_lists_are_all_looked_at() -> None:
+    """Beyond 4096 tensors several threads look at them: a change anywhere is found, every version rises."""
+    count = 5000
+    dsts = list(torch.zeros(count, 3).unbind())
+    srcs = list(torch.rand(count, 3).unbind())
+    plan = paramkit.plan(dsts, srcs)
+    before = [dst._version for dst in dsts[:: count - 1]]
+    plan.apply()
+    assert torch.equal(torch.stack(dsts), torch.stack(srcs))
+    assert all(d._version > v for d, v in zip(dsts[:: count - 1], before, strict=True))
+    for index in (0, 2499, 2500, count - 1):
+        for tensors, name in ((dsts, "dsts"), (srcs, "srcs")):
+            old = tensors[index].data
+            with nothing_written(*dsts):
+                tensors[index].data = old.clone()
+                with pytest.raises(PlanError, match=rf"{name}\[{index}\]"):
+                    plan.apply()
+                tensors[index].data = old
+    plan.apply()
+
+
 @pytest.mark.parametrize("role", ["source", "destination", "new source"])
 def test_a_tensor_without_memory(backend: str, role: str) -> None:
     """In a process of its own: torch itself crashes on such a tensor."""

@@ -17,7 +17,16 @@ from torch import Tensor
 
 from .build import NoCompilerError, library
 
-__all__ = ["KINDS", "Loop", "NoCompilerError", "Pairs", "available", "best", "candidates", "why_not"]
+__all__ = [
+    "KINDS",
+    "Loop",
+    "NoCompilerError",
+    "Pairs",
+    "available",
+    "best",
+    "candidates",
+    "why_not",
+]
 
 KINDS = ("libc", "streaming 16 bytes", "streaming 32 bytes", "streaming 64 bytes")
 

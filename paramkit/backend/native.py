@@ -251,7 +251,10 @@ def _layout(t: Tensor) -> tuple[Any, ...]:
 
 
 def _fingerprint(t: Tensor) -> tuple[Any, ...]:
-    return (t.data_ptr() if t.layout is torch.strided else id(t), *_layout(t))
+    if t.layout is not torch.strided:
+        return (id(t), *_layout(t))
+    # A storage that was shrunk may lie where it lay before.
+    return (t.data_ptr(), t.untyped_storage().nbytes(), *_layout(t))
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
