@@ -79,6 +79,18 @@ def test_every_value_of_every_cast(backend: str, src: torch.dtype) -> None:
         assert_as_torch(got, source)
 
 
+@pytest.mark.parametrize("src", (*FLOAT8, torch.float16, torch.bfloat16), ids=str)
+def test_every_value_in_a_tail(backend: str, src: torch.dtype) -> None:
+    """In runs shorter than any vector: what remains behind the vectors is converted by other code."""
+    pieces = every_value(src).flatten().split(7)
+    for dst in DTYPES:
+        if dst == src:
+            continue
+        got = [torch.empty(piece.shape, dtype=dst) for piece in pieces]
+        paramkit.foreach_copy_(got, list(pieces))
+        assert_as_torch(torch.cat(got), every_value(src).flatten())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("src", (torch.float32, torch.int32), ids=str)
 def test_every_32_bit_value(compiled: str, src: torch.dtype) -> None:

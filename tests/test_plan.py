@@ -770,6 +770,16 @@ def test_an_emptied_storage() -> None:
     storage.resize_(64)
 
 
+def test_a_source_that_is_copy_on_write() -> None:
+    """torch's own copy_ reads it, again and again."""
+    dst, src = torch.zeros(8), torch.rand(8)
+    plan = paramkit.plan([dst], [torch._lazy_clone(src)])
+    for _ in range(2):
+        dst.zero_()
+        plan.apply()
+        assert torch.equal(dst, src)
+
+
 def test_a_storage_shrunk_in_place() -> None:
     """The new block may lie where the old one lay: the address alone does not tell."""
     for role in (0, 1):

@@ -298,6 +298,7 @@ void Batch::run(bool non_blocking) {
 void Batch::clear() {
   autograd_ = Autograd::Follow;
   program_.clear();
+  for (Program& part : parts_) part.clear();  // not empty after an exception
   bumps_.clear();
   deferred_.clear();
   elements_.clear();

@@ -82,8 +82,7 @@ class Loader {
 
   // References to all tensors.
   py::object hold() const {
-    const auto held = py::reinterpret_steal<py::object>(PyTuple_New(static_cast<Py_ssize_t>(tensors_.size())));
-    if (!held) throw python_error();
+    const auto held = py::reinterpret_steal<py::object>(new_tuple(static_cast<Py_ssize_t>(tensors_.size())));
     for (size_t i = 0; i < tensors_.size(); ++i) {
       PyTuple_SET_ITEM(held.ptr(), static_cast<Py_ssize_t>(i), Py_NewRef(tensors_[i]));
     }

@@ -1,4 +1,4 @@
-// What an nn.Module keeps its tensors and children in, read without running Python code.
+// Python's objects, and what an nn.Module keeps its tensors and children in, without running Python code.
 #pragma once
 
 #include <Python.h>
@@ -7,6 +7,16 @@
 namespace paramkit {
 
 inline PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
+
+// A tuple to be filled. Allocating one may start the garbage collector, and with it anybody's code, while
+// the caller has borrowed what is to go in: not now.
+inline PyObject* new_tuple(Py_ssize_t size) {
+  const int collecting = PyGC_Disable();
+  PyObject* made = PyTuple_New(size);
+  if (collecting != 0) PyGC_Enable();
+  if (made == nullptr) throw python_error();
+  return made;
+}
 
 // The attribute names looked up in every module, interned once.
 struct ModuleNames {

@@ -180,6 +180,7 @@ void Plan::set_memory(Snapshot& snapshot, const at::Tensor& tensor) const {
   snapshot.storage = snapshot.impl->unsafe_storage().unsafeGetStorageImpl();
   snapshot.data = data(*snapshot.impl);
   snapshot.bytes = snapshot.storage->nbytes();
+  snapshot.copy_on_write = copy_on_write(*snapshot.impl);
 }
 
 // Whether a tensor has the dtype, keys, shape and strides of a snapshot, wherever its memory is. Of one
@@ -197,12 +198,12 @@ C10_ALWAYS_INLINE bool Plan::same_layout(const Snapshot& was, const at::TensorIm
   return true;
 }
 
-// A storage that was shrunk may lie where it lay before. Copy-on-write has a data pointer like any other.
+// A storage that was shrunk may lie where it lay before; one that became copy-on-write still does.
 C10_ALWAYS_INLINE bool Plan::intact(const Snapshot& was) const {
   const at::TensorImpl& impl = *was.impl;
   if (was.storage == nullptr) return same_layout(was, impl);
   return impl.unsafe_storage().unsafeGetStorageImpl() == was.storage && same_layout(was, impl) &&
-         data(impl) == was.data && was.storage->nbytes() == was.bytes && deleter(impl) != &c10::impl::cow::cow_deleter;
+         data(impl) == was.data && was.storage->nbytes() == was.bytes && copy_on_write(impl) == was.copy_on_write;
 }
 
 // Whether only this plan keeps a tensor alive: whoever it was planned for has another one now. Only a

@@ -86,6 +86,7 @@ class Plan {
     const char* data;          // the first element
     size_t bytes;              // of the storage
     uint32_t kind;
+    bool copy_on_write;
   };
 
   // Who else may hold a destination of a list: its Python object, and a view's base with its own.

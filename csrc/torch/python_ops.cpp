@@ -10,6 +10,7 @@
 #include "cpu/run.h"
 #include "torch/batch.h"
 #include "torch/load_state_dict.h"
+#include "torch/modules.h"
 #include "torch/scratch.h"
 #include "torch/threads.h"
 
@@ -51,8 +52,7 @@ struct Items {
 
   void hold() {
     if (held) return;
-    PyObject* copy = PyTuple_New(size);
-    if (copy == nullptr) throw python_error();
+    PyObject* copy = new_tuple(size);
     held = py::reinterpret_steal<py::object>(copy);
     for (Py_ssize_t i = 0; i < size; ++i) PyTuple_SET_ITEM(copy, i, Py_NewRef(data[i]));
     set(copy);

@@ -44,9 +44,9 @@ enum class Access : uint8_t {
   Native,     // anything else: only torch knows how
 };
 
-// What frees the storage's memory: it tells a copy-on-write storage, and changes when the memory does.
-inline c10::DeleterFnPtr deleter(const at::TensorImpl& impl) {
-  return impl.unsafe_storage().unsafeGetStorageImpl()->data_ptr().get_deleter();
+// Whether the storage's memory is shared until somebody writes: what frees it tells.
+inline bool copy_on_write(const at::TensorImpl& impl) {
+  return impl.unsafe_storage().unsafeGetStorageImpl()->data_ptr().get_deleter() == &c10::impl::cow::cow_deleter;
 }
 
 inline Access access(const at::TensorImpl& impl) {
@@ -57,7 +57,7 @@ inline Access access(const at::TensorImpl& impl) {
   // Conjugate, negative, quantized, nested, functorch and subclass tensors all carry another key.
   if (keys != normal && keys != inference) return Access::Native;
   if (!impl.unsafe_storage() || impl.dim() > kMaxRank) return Access::Native;
-  if (deleter(impl) == &c10::impl::cow::cow_deleter) return Access::Native;  // copy-on-write
+  if (copy_on_write(impl)) return Access::Native;
   return keys == normal ? Access::Plain : Access::Inference;
 }
 

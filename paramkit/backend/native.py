@@ -155,7 +155,7 @@ class Plan:
         new = [tensors.get(name) for name in names]
         if any(
             not isinstance(t, Tensor)
-            or _layout(t) != was[1:]
+            or _layout(t) != was[1]
             or (t.layout is torch.strided and has_no_memory(t))
             for t, was in zip(new, self._seen_srcs)
         ):
@@ -250,11 +250,12 @@ def _layout(t: Tensor) -> tuple[Any, ...]:
     return (t.dtype, t.device, tuple(t.shape), strides, t.is_conj(), t.is_neg())
 
 
-def _fingerprint(t: Tensor) -> tuple[Any, ...]:
+def _fingerprint(t: Tensor) -> tuple[Any, tuple[Any, ...]]:
+    """Where a tensor's memory is, and its layout."""
     if t.layout is not torch.strided:
-        return (id(t), *_layout(t))
+        return id(t), _layout(t)
     # A storage that was shrunk may lie where it lay before.
-    return (t.data_ptr(), t.untyped_storage().nbytes(), *_layout(t))
+    return (t.data_ptr(), t.untyped_storage().nbytes()), _layout(t)
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
