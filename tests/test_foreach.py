@@ -123,10 +123,12 @@ def test_many_tensors_of_many_sizes() -> None:
 
 def long_lists(rng: random.Random, count: int) -> tuple[list[Tensor], list[Tensor]]:
     """Dense, strided, cast and broadcast pairs in turn, all of which the kernels can do."""
-    memory = torch.zeros(count, 48)
+    # Together large enough for several threads, however many they are.
+    large = 1 << 20 if count < 4096 else 1 << 21
+    memory = torch.zeros(count, 2 * (large // (4 * count)))
     dsts, srcs = [], []
     for index in range(count):
-        source = torch.rand(rng.choice((1, 6, 12)))
+        source = torch.rand(memory.shape[1] // rng.choice((2, 3, 4)))
         row = memory[index]
         kind = rng.randrange(4)
         dsts.append(row[: 2 * source.numel() : 2] if kind == 1 else row[: source.numel()])
@@ -145,11 +147,15 @@ def odd_pair(odd: str, dsts: list[Tensor]) -> tuple[Tensor, Tensor]:
         return dst.to_sparse(), src.to_sparse()
     if odd == "graph":
         return dst, src.requires_grad_()
-    return (dst, dsts[5][:1]) if odd == "alias" else (dst, src)
+    if odd == "alias":  # an early destination is a late source
+        return torch.zeros_like(dsts[5]), dsts[5]
+    if odd == "alias back":  # and an early source a late destination
+        return dsts[-1], torch.rand(dsts[-1].shape)
+    return dst, src
 
 
 @pytest.mark.parametrize("count", [300, 5000])
-@pytest.mark.parametrize("odd", ["none", "empty", "alias", "graph", "sparse"])
+@pytest.mark.parametrize("odd", ["none", "empty", "alias", "alias back", "graph", "sparse"])
 def test_long_lists_in_pieces(count: int, odd: str) -> None:
     """Lists that several threads take apart; from the first pair that is not plain on, one does."""
     at = count * 2 // 3  # in the second thread's part
@@ -160,6 +166,8 @@ def test_long_lists_in_pieces(count: int, odd: str) -> None:
         dsts = long_lists(random.Random(count), count)[0]
         srcs = list(values)
         dsts[at], srcs[at] = odd_pair(odd, dsts)
+        if odd == "alias back":
+            srcs[5] = dsts[at].flatten()[:1]
         versions = [dst._version for dst in dsts]
         write(dsts, srcs)
         assert all(dst._version > was for dst, was in zip(dsts, versions, strict=True))
@@ -184,7 +192,7 @@ def test_an_error_in_a_long_list() -> None:
 
 
 def test_a_list_with_a_leaf_among_thousands() -> None:
-    """The caller's grad mode counts, not that of the thread that looks at the leaf."""
+    """Refused whole, wherever the leaf is; written under no_grad."""
     count = 5000
     dsts = list(torch.zeros(count, 2).unbind())
     dsts[4000] = torch.zeros(2, requires_grad=True)

@@ -229,7 +229,7 @@ inline bool Plan::slot_holds(const Slot& slot) const {
 //
 // Of the 25 ns that a replay takes for a pair of 64 floats, this takes about 13 (two tensors), the
 // version counter 5 (one locked increment) and the copy 6. Most of it is the cache lines of the tensors
-// themselves: leaving out the sizes and strides saves 4 ns, all else together 3. Tried without gain:
+// themselves: leaving out the sizes and strides saves 4 ns, all else together 3. Tried without gain in short lists:
 // fetching the objects ahead, comparing them with images of their bytes a vector at a time, and keeping
 // the sizes of vectors beside the rest.
 template <class Also>

@@ -246,12 +246,24 @@ PyObject* foreach_copy_(PyObject*, PyObject* const* args, Py_ssize_t n) {
               " dsts and ", srcs.size, " srcs");
   const Scratch batch;
   const auto n = static_cast<size_t>(dsts.size);
-  const auto entries = [](const Items& items) { return [&items](size_t i) { return exact_tensor(items.data[i]); }; };
-  const auto far_entries = [](const Items& items) { return [&items](size_t i) { return fetch_ahead(items, i); }; };
   const size_t pieces = several_threads(dsts) ? static_cast<size_t>(threads()) : 1;
-  const size_t plain = n > kLongList ? batch->copy_plain(n, pieces, far_entries(dsts), far_entries(srcs))
-                                     : batch->copy_plain(n, pieces, entries(dsts), entries(srcs));
-  for (auto i = static_cast<Py_ssize_t>(plain); i < dsts.size; ++i) {
+  const auto copy_plain = [&](size_t first) {
+    const auto entries = [&](const Items& items) {
+      return [&items, first](size_t i) { return exact_tensor(items.data[first + i]); };
+    };
+    const auto far_entries = [&](const Items& items) {
+      return [&items, first](size_t i) { return fetch_ahead(items, first + i); };
+    };
+    return n > kLongList ? batch->copy_plain(n - first, pieces, far_entries(dsts), far_entries(srcs))
+                         : batch->copy_plain(n - first, pieces, entries(dsts), entries(srcs));
+  };
+  // A few that are not plain, such as empty ones, or the first of its dtypes, do not slow down the rest.
+  constexpr int kTries = 4;
+  int tries = 0;
+  for (size_t done = 0; done < n; ++done) {
+    if (tries++ < kTries) done += copy_plain(done);
+    if (done == n) break;
+    const auto i = static_cast<Py_ssize_t>(done);
     hold_unless_simple(dsts, srcs, i, i);
     add_copy(*batch, {op, i}, dsts.data[i], srcs.data[i]);
   }
