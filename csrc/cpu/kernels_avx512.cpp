@@ -64,7 +64,6 @@ struct Vec {
   static constexpr bool kShifts16 = true;
   template <class F, int kBeyond>
   static int64_t from_brain(void* dst, const void* src, int64_t n) {
-    const auto all = [](uint32_t value) { return _mm512_set1_epi16(static_cast<int16_t>(value)); };
     const Reg least = all(F::kLeastNormal >> 23), drop = all(F::kDrop), one = all(1);
     for (int64_t i = 0; i < n / 32; ++i) {
       const Reg x = load(static_cast<const char*>(src) + 64 * i), magnitude = _mm512_and_si512(x, all(0x7fff));
@@ -116,6 +115,7 @@ struct Vec {
   }
 
  private:
+  static Reg all(uint32_t value) { return _mm512_set1_epi16(static_cast<int16_t>(value)); }
   static __m128i lane(const char* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 };
 
