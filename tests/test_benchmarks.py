@@ -192,7 +192,7 @@ def test_a_case_of_memory() -> None:
 @pytest.mark.parametrize("kind", range(len(plain.KINDS)), ids=plain.KINDS)
 def test_plain_copies_and_fills(kind: int, own_pool: bool) -> None:
     """Every length and misalignment, and nothing around it is touched."""
-    if not plain.library().plain_has(kind):
+    if not plain.compiled().plain_has(kind):
         pytest.skip("this machine does not have it")
     guard = 0xA5
     source = inputs.random_bits((9000,), torch.uint8)
@@ -227,7 +227,7 @@ def test_limits_are_the_best_plain_loops() -> None:
 
 def test_without_a_compiler_the_plain_columns_are_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler-here")
-    for cached in (plain.why_not, plain.library):
+    for cached in (plain.why_not, plain.compiled):
         cached.cache_clear()
     try:
         assert "no-such-compiler-here" in plain.why_not()
@@ -239,7 +239,7 @@ def test_without_a_compiler_the_plain_columns_are_empty(monkeypatch: pytest.Monk
         assert outcome.verdict.word in ("unknown", "noise", "missed")
         assert "why_not" in limits.as_dict()
     finally:
-        for cached in (plain.why_not, plain.library):
+        for cached in (plain.why_not, plain.compiled):
             cached.cache_clear()
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .build import NoCompilerError, library
+from .build import NoCompilerError, compiled
 
 __all__ = [
     "KINDS",
@@ -63,10 +63,10 @@ class Loop:
         size = self.dst.numel() * self.dst.element_size()
         to, pool = self.dst.data_ptr(), int(self.own_pool)
         if self.src is None:
-            library().plain_fill(self.kind, to, self.value, size, self.threads, times, pool)
+            compiled().plain_fill(self.kind, to, self.value, size, self.threads, times, pool)
         else:
             source = self.src.data_ptr()
-            library().plain_copy(self.kind, to, source, size, self.threads, times, pool)
+            compiled().plain_copy(self.kind, to, source, size, self.threads, times, pool)
 
 
 @dataclass(frozen=True)
@@ -105,14 +105,14 @@ class Pairs:
         """Do it `times` times inside C."""
         to, source, counters = (array.ctypes.data for array in self._memory)
         steps = (self.runs, self.run, self.dst_step, self.src_step)
-        library().plain_pairs(to, source, len(self.dsts), *steps, counters, times)
+        compiled().plain_pairs(to, source, len(self.dsts), *steps, counters, times)
 
 
 @cache
 def why_not() -> str:
     """Why there is no plain C here; empty where there is."""
     try:
-        library()
+        compiled()
     except NoCompilerError as error:
         return str(error)
     return ""
@@ -133,7 +133,7 @@ def candidates(dst: Tensor, src: Tensor | None, kinds: str = "all") -> list[Loop
     return [
         Loop(kind=kind, dst=dst, src=src, threads=count)
         for kind in chosen
-        if library().plain_has(kind)
+        if compiled().plain_has(kind)
         for count in sorted(counts)
     ]
 

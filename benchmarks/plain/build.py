@@ -12,7 +12,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-__all__ = ["NoCompilerError", "library"]
+__all__ = ["NoCompilerError", "compiled"]
 
 SOURCE = Path(__file__).with_name("plain.c")
 FLAGS = ("-O3", "-fPIC", "-shared", "-pthread")
@@ -46,7 +46,7 @@ def _compile(command: list[str], target: Path) -> None:
 
 
 @cache
-def library() -> ctypes.CDLL:
+def compiled() -> ctypes.CDLL:
     """The compiled `plain.c`; torch must be imported already, for its threads to be found.
 
     Raises:

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 
-#include "core/normalize.h"
 #include "torch/threads.h"
 
 namespace paramkit {

@@ -9,7 +9,6 @@
 #include <atomic>
 #include <map>
 
-#include "core/normalize.h"
 #include "cpu/run.h"
 #include "torch/batch.h"
 #include "torch/scratch.h"

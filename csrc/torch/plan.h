@@ -5,7 +5,6 @@
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <optional>
 #include <string>
 #include <vector>
 

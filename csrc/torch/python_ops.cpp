@@ -77,7 +77,7 @@ at::TensorImpl* exact_tensor(PyObject* object) {
 }
 
 // The tensor of an entry, or null; those a few places on are fetched, in the order in which they point to
-// one another. Of 31,337 pairs looking at one was half a dozen misses in a row.
+// one another.
 at::TensorImpl* fetch_ahead(const Items& items, size_t i) {
   constexpr size_t kStep = 8;
   const auto n = static_cast<size_t>(items.size);
