@@ -28,7 +28,8 @@ help: ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
 	  printf '  %-10s %s\n' $$name "$$text"; done
 	@echo 'settings (make TARGET NAME=value): PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV) ARGS=...'
-	@echo 'environment: PARAMKIT_BUILD=auto|require|off, CXX, MAX_JOBS, DEBUG=1'
+	@echo 'environment: PARAMKIT_BUILD=auto|require|off, PARAMKIT_CUDA=auto|require|off, CXX, MAX_JOBS, DEBUG=1,'
+	@echo '  CUDA_HOME, TORCH_CUDA_ARCH_LIST'
 
 demo: $(STAMPS)/demo $(STAMPS)/extension ## transplant a real sentence encoder, check and time it
 	$(say) 'demo'
@@ -46,7 +47,7 @@ bench: $(STAMPS)/bench $(STAMPS)/extension ## beside torch, numpy and plain C; A
 	$(say) 'benchmarks'
 	@$(PY) -m benchmarks $(ARGS)
 
-CXX_FILES = $(shell find csrc benchmarks/plain -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.inc' | sort)
+CXX_FILES = $(shell find csrc benchmarks/plain -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh' | sort)
 
 lint: $(STAMPS)/lint ## style and types: ruff, mypy, clang-format
 	$(say) 'ruff, mypy, clang-format'
@@ -65,7 +66,7 @@ build: $(STAMPS)/extension ## install the package and build its extension
 	@$(PY) -m paramkit status
 
 clean: ## remove what was built; keep the environment
-	rm -rf build dist *.egg-info paramkit/_C.* paramkit/_build_error.txt $(STAMPS)/extension
+	rm -rf build dist *.egg-info paramkit/_C.* paramkit/_cuda.so paramkit/_build_error.txt $(STAMPS)/extension
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
@@ -131,26 +132,38 @@ $(STAMPS)/lint: $(STAMPS)/venv pyproject.toml tools/requirements.py
 # --- the extension ------------------------------------------------------------------------------
 
 # Built again if a source changed, if somebody else put another binary there, if it has gone, if
-# PARAMKIT_BUILD now asks for something else than what is there, or if it failed and `make build` asks.
+# PARAMKIT_BUILD or PARAMKIT_CUDA now asks for something else than what is there, or if it failed and
+# `make build` asks.
 built := $(wildcard paramkit/_C.json)
 outcome := $(built)$(wildcard paramkit/_build_error.txt)
-off_now := $(if $(filter off,$(PARAMKIT_BUILD)),off)
+off_now := $(if $(filter off,$(PARAMKIT_BUILD)),off,$(if $(filter off,$(PARAMKIT_CUDA)),cuda-off))
 off_then := $(shell cat $(STAMPS)/extension 2>/dev/null)
+# Empty if there is a CUDA library, or if there is to be none.
+no_cuda := $(if $(off_now)$(wildcard paramkit/_cuda.so),,no-cuda)
+nvcc := $(wildcard $(CUDA_HOME)/bin/nvcc $(CUDA_PATH)/bin/nvcc /usr/local/cuda/bin/nvcc) $(shell command -v nvcc)
 ifeq ($(outcome),)
 $(STAMPS)/extension: force
 else ifneq ($(off_now),$(off_then))
 $(STAMPS)/extension: force
 else ifeq ($(PARAMKIT_BUILD)$(built),require)
 $(STAMPS)/extension: force
+else ifeq ($(PARAMKIT_CUDA)$(no_cuda),requireno-cuda)
+$(STAMPS)/extension: force
 else ifeq ($(MAKECMDGOALS)$(built),build)
 $(STAMPS)/extension: force
+else ifeq ($(MAKECMDGOALS)$(if $(strip $(nvcc)),$(no_cuda)),buildno-cuda)
+$(STAMPS)/extension: force
 endif
-$(STAMPS)/extension: $(STAMPS)/base setup.py pyproject.toml paramkit/backend/sources.py \
-    paramkit/backend/compile.py $(shell find csrc -type f 2>/dev/null) $(built)
-	$(say) "installing paramkit$(if $(off_now),, and compiling its extension (a minute or two the first time))"
+builders := $(addprefix paramkit/backend/,sources.py compile.py compile_cuda.py toolkit.py)
+$(STAMPS)/extension: $(STAMPS)/base setup.py pyproject.toml $(builders) \
+    $(shell find csrc -type f 2>/dev/null) $(built)
+	$(say) "installing paramkit$(if $(filter off,$(off_now)),, and compiling its extension (minutes the first time))"
 	@$(PIP) --no-build-isolation --no-deps -e .
 	@if [ -e paramkit/_build_error.txt ]; then \
 	  echo "The extension could not be built; paramkit runs on torch's own copy_ and fill_. Reason:"; \
 	  head -n 1 paramkit/_build_error.txt; \
 	  echo 'All of it: paramkit/_build_error.txt. Once that is put right: make build'; fi
+	@if grep -qs '"result": "failed"' paramkit/_C.json; then \
+	  echo "The CUDA library could not be built; CUDA tensors go through torch's own copy_ and fill_. Reason:"; \
+	  sed -n 's/^ *"reason": *//p' paramkit/_C.json; echo 'Once that is put right: make build'; fi
 	@echo '$(off_now)' > $@

@@ -21,7 +21,7 @@ NUMBERS = (numbers.Number, np.bool_)
 
 
 def as_sources(dsts: Sequence[Tensor], srcs: Any) -> list[Any]:
-    """One source for each destination, numbers made 0-dim tensors of the destination's dtype."""
+    """One source for each destination, numbers made 0-dim tensors of the destination's dtype and device."""
     values = list(srcs) if isinstance(srcs, (list, tuple)) else [srcs] * len(dsts)
     if len(values) != len(dsts):
         raise PlanError(
@@ -32,10 +32,13 @@ def as_sources(dsts: Sequence[Tensor], srcs: Any) -> list[Any]:
         if isinstance(value, NUMBERS) and isinstance(dst, Tensor):
             # Filling one element is torch's own conversion, and its own error. Equal numbers share
             # it; -0.0 equals 0.0, and True equals 1, hence the repr and the type.
-            key = (type(value), repr(value), dst.dtype, min(dst.numel(), 2))
+            key = (type(value), repr(value), dst.dtype, dst.device, min(dst.numel(), 2))
             if key not in made:
                 try:
-                    made[key] = checks.element_of(value, dst)
+                    # Beside the destination: then a device fills without asking the host.
+                    made[key] = checks.element_of(value, dst).to(
+                        "cpu" if dst.is_meta else dst.device
+                    )
                 except (RuntimeError, NotImplementedError, OverflowError) as error:
                     raise type(error)(
                         f"plan: srcs[{i}] = {value} into dsts[{i}] of {dst.dtype}: {error}"

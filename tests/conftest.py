@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 
 import paramkit
 from paramkit.backend import loader
+from tests import emulation
+from tests.routes import TRANSFERS
 
 CAPABILITIES = ("scalar", "avx2", "avx512")
+# The CUDA kernels compiled for the host, and the transfers around them: CPU tensors stand for a device's.
+EMULATED = {"cuda:kernels": "kernels", "cuda:to device": "to device", "cuda:to host": "to host"}
 
 
 def must_have_extension() -> bool:
@@ -32,10 +37,32 @@ def need_extension() -> None:
         pytest.skip(str(error).splitlines()[0])
 
 
-@pytest.fixture(params=["native", *(f"cpu:{name}" for name in CAPABILITIES)])
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The CUDA library, compiled for the host."""
+    return emulation.build(tmp_path_factory.mktemp("emulator"))
+
+
+@contextmanager
+def emulated(library: Path, how: str) -> Iterator[str]:
+    """CPU tensors as those of a device, on both sides ("kernels") or on one."""
+    with paramkit.backend.force("cpu") as extension:
+        extension.open_cuda(str(library), how)
+        try:
+            yield how
+        finally:
+            extension.close_emulated_cuda()
+
+
+@pytest.fixture(params=["native", *(f"cpu:{name}" for name in CAPABILITIES), *EMULATED])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test once on every backend that this machine has; the value is its name."""
     name: str = request.param
+    if name in EMULATED:
+        need_extension()
+        with emulated(request.getfixturevalue("emulator"), EMULATED[name]):
+            yield name
+        return
     if name != "native":
         need_extension()
         with paramkit.backend.force("cpu") as extension:
@@ -44,6 +71,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
             pytest.skip(f"this machine has no {name.removeprefix('cpu:')}: {', '.join(available)}")
     with paramkit.backend.force(name):
         yield name
+
+
+@pytest.fixture
+def one_memory(backend: str) -> None:
+    """Skip the test where one side of a copy stands for host memory and the other for a device's."""
+    if backend in TRANSFERS:
+        pytest.skip("host and device memory have nothing in common")
 
 
 @pytest.fixture

@@ -164,7 +164,7 @@ def test_cpu_without_a_binary_is_an_error(elsewhere: Path, monkeypatch: pytest.M
     ("name", "value", "message"),
     [
         ("PARAMKIT_BACKEND", "fast", "got 'fast', expected one of auto, native, cpu, cuda"),
-        ("PARAMKIT_BACKEND", "cuda", "no CUDA kernels"),
+        ("PARAMKIT_BACKEND", "cuda", "Choices here: auto, native, cpu"),
         ("PARAMKIT_CPU_CAPABILITY", "sse9", "got 'sse9', expected one of scalar, avx2, avx512"),
         ("PARAMKIT_CPU_CAPABILITY", "avx512", "offers scalar, avx2"),
     ],

@@ -34,7 +34,7 @@ _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
 # The extension is not a Python file, and importing __main__ is for running it.
-_LEFT_OUT = ("paramkit._C", "paramkit.__main__")
+_LEFT_OUT = ("paramkit._C", "paramkit._cuda", "paramkit.__main__")
 _FOUND = (module.name for module in pkgutil.walk_packages(paramkit.__path__, "paramkit."))
 MODULES = ["paramkit", *sorted(name for name in _FOUND if name not in _LEFT_OUT)]
 

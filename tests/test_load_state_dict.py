@@ -497,6 +497,7 @@ def test_tied_weights_stay_tied() -> None:
     assert_same_model(model, twin)
 
 
+@pytest.mark.usefixtures("one_memory")
 def test_state_that_aliases_the_model() -> None:
     """Values that are views of the model's own parameters behave as torch's loop."""
     ours = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))

@@ -47,7 +47,9 @@ class Project:
         self.root = folder / "project"
         self.package = self.root / "paramkit"
         self.cache = folder / "cache"
-        ignore = shutil.ignore_patterns("__pycache__", "_C.*", "_build_error.txt", "csrc")
+        ignore = shutil.ignore_patterns(
+            "__pycache__", "_C.*", "_cuda.so", "_build_error.txt", "csrc"
+        )
         shutil.copytree(ROOT / "paramkit", self.package, ignore=ignore)
         for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
             shutil.copy2(ROOT / name, self.root / name)
@@ -75,7 +77,8 @@ class Project:
     def clean_environ(**settings: str) -> dict[str, str]:
         """This process's environment without the settings that bear on paramkit or a build."""
         dropped = ("CXX", "DEBUG", "MAX_JOBS", "CFLAGS", "TORCH_EXTENSIONS_DIR")
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("PARAMKIT_")}
+        dropped += ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST")
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PARAMKIT_", "NVCC_"))}
         return {**{k: v for k, v in kept.items() if k not in dropped}, **settings}
 
     def environ(self, **settings: str) -> dict[str, str]:

@@ -39,35 +39,59 @@ void sort_stretches(std::vector<Span>& spans) {
   }
 }
 
+// What tasks write and read. The memory for it is kept.
+struct Spans {
+  std::vector<Span> writes, reads;
+
+  static Spans& empty() {
+    static thread_local Spans spans;
+    spans.writes.clear();
+    spans.reads.clear();
+    return spans;
+  }
+
+  void add(const Program& program, size_t first, size_t last) {
+    for (size_t t = first; t < last; ++t) {
+      const Task& task = program.tasks[t];
+      int64_t dst = task.run;
+      int64_t src = task.family == Family::Fill ? task.src_width() : task.run / task.width() * task.src_width();
+      for (int i = 0; i < task.rank; ++i) {
+        const Dim& dim = program.dims[task.dims + static_cast<size_t>(i)];
+        dst += (dim.size - 1) * dim.dst;
+        src += (dim.size - 1) * dim.src;
+      }
+      writes.push_back({task.dst, task.dst + dst});
+      reads.push_back({task.src, task.src + src});
+    }
+  }
+
+  bool meet() {
+    sort_stretches(writes);
+    for (size_t i = 1; i < writes.size(); ++i) {
+      if (writes[i].begin < writes[i - 1].end) return true;
+    }
+    sort_stretches(reads);
+    size_t w = 0;
+    for (const Span& read : reads) {
+      while (w < writes.size() && writes[w].end <= read.begin) ++w;
+      if (w < writes.size() && writes[w].begin < read.end) return true;
+    }
+    return false;
+  }
+};
+
 }  // namespace
 
 bool share_memory(const Program& program, size_t first, size_t last) {
-  static thread_local std::vector<Span> writes, reads;  // their memory is kept
-  writes.clear();
-  reads.clear();
-  for (size_t t = first; t < last; ++t) {
-    const Task& task = program.tasks[t];
-    int64_t dst = task.run;
-    int64_t src = task.family == Family::Fill ? task.src_width() : task.run / task.width() * task.src_width();
-    for (int i = 0; i < task.rank; ++i) {
-      const Dim& dim = program.dims[task.dims + static_cast<size_t>(i)];
-      dst += (dim.size - 1) * dim.dst;
-      src += (dim.size - 1) * dim.src;
-    }
-    writes.push_back({task.dst, task.dst + dst});
-    reads.push_back({task.src, task.src + src});
-  }
-  sort_stretches(writes);
-  for (size_t i = 1; i < writes.size(); ++i) {
-    if (writes[i].begin < writes[i - 1].end) return true;
-  }
-  sort_stretches(reads);
-  size_t w = 0;
-  for (const Span& read : reads) {
-    while (w < writes.size() && writes[w].end <= read.begin) ++w;
-    if (w < writes.size() && writes[w].begin < read.end) return true;
-  }
-  return false;
+  Spans& spans = Spans::empty();
+  spans.add(program, first, last);
+  return spans.meet();
+}
+
+bool share_memory(const std::vector<const Program*>& programs) {
+  Spans& spans = Spans::empty();
+  for (const Program* program : programs) spans.add(*program, 0, program->tasks.size());
+  return spans.meet();
 }
 
 }  // namespace paramkit

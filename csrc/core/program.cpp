@@ -19,6 +19,7 @@ bool Program::add(void* dst, const void* src, Type to, Type from, const Dim* loo
   task.dims = static_cast<uint32_t>(dims.size());
   task.to = to == from ? bytes_of_width(width_of(to)) : to;
   task.from = to == from ? task.to : from;
+  task.number = false;
   classify(task, local, rank);
   dims.insert(dims.end(), local, local + task.rank);
   tasks.push_back(task);

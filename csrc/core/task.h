@@ -43,6 +43,7 @@ struct Task {
   Type to, from;  // equal where bytes are only moved
   Family family : 3;
   uint8_t across : 2, along : 2;
+  bool number : 1;  // a Fill whose source is a number in host memory, wherever the destination is
 
   bool casts() const { return to != from; }
   int64_t width() const { return width_of(to); }
@@ -86,6 +87,7 @@ inline Task contiguous_task(void* dst, const void* src, int64_t size, int64_t wi
   task.to = task.from = bytes_of_width(width);
   task.family = Family::Copy;
   task.across = task.along = 0;
+  task.number = false;
   return task;
 }
 
@@ -116,6 +118,9 @@ struct Program {
   // are. Adds nothing when a size is 0. False, and nothing added, if two steps of the loops may reach
   // one element of the destination.
   bool add(void* dst, const void* src, Type to, Type from, const Dim* dims, int rank);
+
+  // The task that was added last fills with a number in host memory.
+  void make_number() { tasks.back().number = true; }
 
   // Adds all writes of another program behind its own.
   void append(const Program& other);

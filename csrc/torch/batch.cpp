@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "core/overlap.h"
 #include "torch/threads.h"
 
 namespace paramkit {
@@ -53,6 +54,9 @@ struct Pair {
     to = {data(dst), data(dst) + reach};
     from = {data(src), data(src) + src_reach};
   }
+
+  // Whether one element of the source is all there is of it.
+  bool fills() const { return cuda::one_element(dims, rank); }
 };
 
 bool broadcasts(const at::TensorImpl& dst, const at::TensorImpl& src) {
@@ -134,25 +138,25 @@ void Batch::check_native(Place place, const at::Tensor& dst, const c10::Scalar& 
   });
 }
 
+void Batch::defer(Deferred deferred) {
+  deferred_.push_back(std::move(deferred));
+  step(kNative);
+}
+
 void Batch::defer_copy(const at::Tensor& dst, const at::Tensor& src) {
-  if (autograd_ != Autograd::Ignore)
-    return deferred_.push_back({program_.tasks.size(), dst, src, {}, false, false, {}});
-  deferred_.push_back({program_.tasks.size(), dst.detach(), src.detach(), {}, false, false, {}});
+  if (autograd_ != Autograd::Ignore) return defer({dst, src, {}, false, false, {}});
+  defer({dst.detach(), src.detach(), {}, false, false, {}});
 }
 
 // Both plain, nothing for autograd to record: straight to torch's CPU kernel, as _foreach_copy_ does.
 void Batch::defer_cast(const at::Tensor& dst, const at::Tensor& src) {
-  deferred_.push_back({program_.tasks.size(), dst, src, {}, false, true, {}});
+  defer({dst, src, {}, false, true, {}});
   bumps_.push_back(dst.unsafeGetTensorImpl());
 }
 
-void Batch::defer_fill(const at::Tensor& dst, const c10::Scalar& value) {
-  deferred_.push_back({program_.tasks.size(), dst, {}, value, true, false, {}});
-}
+void Batch::defer_fill(const at::Tensor& dst, const c10::Scalar& value) { defer({dst, {}, value, true, false, {}}); }
 
-void Batch::defer(std::function<void(bool)> write) {
-  deferred_.push_back({program_.tasks.size(), {}, {}, {}, false, false, std::move(write)});
-}
+void Batch::defer(std::function<void(bool)> write) { defer({{}, {}, {}, false, false, std::move(write)}); }
 
 void Batch::Deferred::write(bool non_blocking) const {
   if (call) return call(non_blocking);
@@ -168,36 +172,105 @@ void Batch::Deferred::write(bool non_blocking) const {
   }
 }
 
-bool Batch::add_strided(const at::TensorImpl& to, const at::TensorImpl& from, bool grad_mode, Program& program) const {
-  if (!plain(to, from, grad_mode) || to.numel() == 0) return false;
+bool Batch::add_strided(const at::TensorImpl& to, const at::TensorImpl& from, int where, bool grad_mode,
+                        Program& program) const {
+  if (!plain(to, from, where, grad_mode) || to.numel() == 0) return false;
   const auto to_type = c10::typeMetaToScalarType(to.dtype()), from_type = c10::typeMetaToScalarType(from.dtype());
   Type to_kernel{}, from_kernel{};
   if (!conversion_known(to_type, from_type) || !kernel_types(to_type, from_type, to_kernel, from_kernel)) return false;
   const Pair pair(to, from);
+  if (where != devices::kHost && !cuda::takes(data(to), data(from), to_kernel, from_kernel, pair.fills())) return false;
   return pair.fits && !pair.repeats && !pair.to.meets(pair.from) &&
          program.add(data(to), data(from), to_kernel, from_kernel, pair.dims, pair.rank);
+}
+
+namespace {
+
+// Between two devices torch's own copy_ knows the way, peer to peer where that is enabled.
+bool reachable(const devices::Home& to, const devices::Home& from) {
+  return to.where != devices::kNowhere && from.where != devices::kNowhere &&
+         (to.where == from.where || to.where == devices::kHost || from.where == devices::kHost);
+}
+
+// A transfer that gains nothing by a slot: a small one by itself, or a large one between dense memory of one
+// dtype that is pinned already. Asking whether it is costs about a microsecond.
+constexpr int64_t kSmallTransfer = 64 << 10, kAskPinned = 1 << 20;
+
+bool goes_directly(const Batch::Place& place, const devices::Home& to, const at::Tensor& dst, const devices::Home& from,
+                   const at::Tensor& src) {
+  if (to.where == from.where || devices::any_emulated || dst.scalar_type() != src.scalar_type() ||
+      dst.sizes() != src.sizes() || !dst.is_contiguous() || !src.is_contiguous()) {
+    return false;
+  }
+  const auto bytes = static_cast<int64_t>(dst.nbytes());
+  if (place.index < 0 && bytes <= kSmallTransfer) return true;
+  return bytes >= kAskPinned && (to.where == devices::kHost ? dst : src).is_pinned();
+}
+
+}  // namespace
+
+uint32_t Batch::list_of(int dst, int src) {
+  if (dst == devices::kHost && src == devices::kHost) return kCpu;
+  const bool transfers = dst != src, to_device = dst != devices::kHost;
+  const int where = to_device ? dst : src;
+  for (size_t i = 0; i < others_.size(); ++i) {
+    const Other& other = others_[i];
+    if (other.where == where && other.transfer.has_value() == transfers &&
+        (!transfers || other.transfer->to_device() == to_device)) {
+      return static_cast<uint32_t>(kOthers + i);
+    }
+  }
+  others_.push_back({where, transfers ? std::optional<Transfer>(Transfer(where, to_device)) : std::nullopt, {}});
+  return static_cast<uint32_t>(kOthers + others_.size() - 1);
+}
+
+// False if the kernels cannot do it: two steps may reach one element, or elements that are not aligned.
+bool Batch::add_write(int dst_home, int src_home, char* dst, const char* src, Type to, Type from, const Dim* dims,
+                      int rank, bool number) {
+  const uint32_t list = list_of(dst_home, src_home);
+  if (list == kCpu) {
+    if (!program_.add(dst, src, to, from, dims, rank)) return false;
+  } else if (other(list).transfer) {
+    // The device's side is aligned or only moved; the host's does not care.
+    const bool kernel_takes = dst_home == devices::kHost ? cuda::takes(nullptr, src, to, from, false)
+                                                         : cuda::takes(dst, nullptr, to, from, false);
+    if (!kernel_takes || !other(list).transfer->add(dst, src, to, from, dims, rank)) return false;
+  } else {
+    Program& program = other(list).program;
+    if (!cuda::takes(dst, number ? nullptr : src, to, from, cuda::one_element(dims, rank)) ||
+        !program.add(dst, src, to, from, dims, rank)) {
+      return false;
+    }
+    // One element, from wherever: a fill, so that its number is taken along.
+    if (number) program.make_number();
+  }
+  step(list);
+  return true;
 }
 
 void Batch::copy(Place place, const at::Tensor& dst, const at::Tensor& src) {
   const at::TensorImpl& to = *dst.unsafeGetTensorImpl();
   const at::TensorImpl& from = *src.unsafeGetTensorImpl();
-  if (add_dense(to, from, at::GradMode::is_enabled(), program_)) {
+  if (!devices::any_emulated && add_dense(to, from, devices::kHost, at::GradMode::is_enabled(), program_)) {
+    step(kCpu);
     return bumps_.push_back(dst.unsafeGetTensorImpl());
   }
-  if (access(to) == Access::Native || access(from) == Access::Native) {
+  const devices::Home to_home = devices::home(to, true), from_home = devices::home(from, false);
+  if (!reachable(to_home, from_home) || goes_directly(place, to_home, dst, from_home, src)) {
     check_native(place, dst, src);
     return defer_copy(dst, src);
   }
-  copy_strided(place, dst, src);
+  copy_strided(place, dst, to_home, src, from_home);
 }
 
-void Batch::copy_strided(Place place, const at::Tensor& dst, const at::Tensor& src) {
+void Batch::copy_strided(Place place, const at::Tensor& dst, devices::Home to_home, const at::Tensor& src,
+                         devices::Home from_home) {
   const at::TensorImpl& to = *dst.unsafeGetTensorImpl();
   const at::TensorImpl& from = *src.unsafeGetTensorImpl();
   const Pair pair(to, from);
   TORCH_CHECK(pair.fits, place.op, ": ", src_name(place), " of shape ", from.sizes(), " does not broadcast to ",
               dst_name(place), " of shape ", to.sizes());
-  check_version(place, access(to));
+  check_version(place, to_home.access);
   const bool written = to.numel() > 0;
   TORCH_CHECK(!written || !pair.repeats, place.op, ": unsupported operation: more than one element of ",
               dst_name(place), " refers to a single memory location (shape ", to.sizes(), ", stride ", to.strides(),
@@ -222,7 +295,8 @@ void Batch::copy_strided(Place place, const at::Tensor& dst, const at::Tensor& s
   Type to_kernel{}, from_kernel{};
   if (!kernel_types(to_type, from_type, to_kernel, from_kernel)) return defer_cast(dst, src);
   // Destinations that may hold one element twice (as_strided windows) keep torch's order of writes.
-  if (written && !program_.add(data(to), data(from), to_kernel, from_kernel, pair.dims, pair.rank)) {
+  if (written && !add_write(to_home.where, from_home.where, data(to), data(from), to_kernel, from_kernel, pair.dims,
+                            pair.rank, false)) {
     return defer_copy(dst, src);
   }
   bumps_.push_back(dst.unsafeGetTensorImpl());
@@ -242,18 +316,20 @@ const char* Batch::element(Number& number, c10::ScalarType type, int64_t numel) 
 
 void Batch::fill(Place place, const at::Tensor& dst, Number& number) {
   const at::TensorImpl& to = *dst.unsafeGetTensorImpl();
-  const Access how = access(to);
-  if (how == Access::Native) {
+  const devices::Home home = devices::home(to, true);
+  if (home.where == devices::kNowhere) {
     check_native(place, dst, number.value);
     return defer_fill(dst, number.value);
   }
-  check_version(place, how);
+  check_version(place, home.access);
   const bool written = to.numel() > 0;
   check_memory(place, dst_name, to);
   const char* bytes = nullptr;
   bool recorded = false;
   in_context(place, fill_name, [&] {
-    bytes = element(number, c10::typeMetaToScalarType(to.dtype()), to.numel());
+    // torch converts for one element by itself on the CPU alone.
+    const int64_t numel = to.is_cpu() ? to.numel() : std::max<int64_t>(to.numel(), 2);
+    bytes = element(number, c10::typeMetaToScalarType(to.dtype()), numel);
     recorded = records(dst, nullptr);
   });
   Dim dims[kMaxRank];
@@ -262,36 +338,83 @@ void Batch::fill(Place place, const at::Tensor& dst, Number& number) {
   const Type type = bytes_of_width(width);
   const auto sizes = to.sizes(), strides = to.strides();
   for (int i = 0; i < rank; ++i) dims[i] = {sizes[i], strides[i] * width, 0};
-  if (recorded || (written && !program_.add(data(to), bytes, type, type, dims, rank)))
+  // The number is on the host; where there are devices it is taken along with the task.
+  if (recorded || (written && !add_write(home.where, home.where, data(to), bytes, type, type, dims, rank, true)))
     return defer_fill(dst, number.value);
   bumps_.push_back(dst.unsafeGetTensorImpl());
 }
 
 void Batch::fill(Place place, const at::Tensor& dst, const at::Tensor& value) {
   const bool same_memory = dst.has_storage() && value.has_storage() && dst.is_alias_of(value);
-  const bool plain = access(*dst.unsafeGetTensorImpl()) != Access::Native &&
-                     access(*value.unsafeGetTensorImpl()) != Access::Native &&
-                     at::has_internal_overlap(dst) != at::MemOverlap::Yes;
+  const devices::Home to = devices::home(*dst.unsafeGetTensorImpl(), true);
+  const devices::Home from = devices::home(*value.unsafeGetTensorImpl(), false);
+  // A number on another device is fetched by torch, which fill_ does with care.
+  const bool plain =
+      to.where != devices::kNowhere && to.where == from.where && at::has_internal_overlap(dst) != at::MemOverlap::Yes;
   if (plain && !same_memory && value.dim() == 0) return copy(place, dst, value);
   check_native_fill(place, dst, value);
-  deferred_.push_back({program_.tasks.size(), dst, value, {}, true, false, {}});
+  // As torch does: a number of the host's is taken along, where autograd has nothing to record.
+  if (to.where >= 0 && from.where == devices::kHost && !devices::any_emulated && !value.requires_grad()) {
+    Number number{value.item()};
+    return fill(place, dst, number);
+  }
+  if (to.where != devices::kNowhere) check_memory(place, dst_name, *dst.unsafeGetTensorImpl());
+  if (from.where != devices::kNowhere) check_memory(place, value_name, *value.unsafeGetTensorImpl());
+  defer({dst, value, {}, true, false, {}});
 }
 
-bool Batch::runs_python() const { return program_.bytes >= kReleaseGil || !deferred_.empty(); }
+bool Batch::runs_python() const { return program_.bytes >= kReleaseGil || !deferred_.empty() || !others_.empty(); }
+
+void Batch::run_list(uint32_t list, size_t first, size_t last, bool non_blocking) {
+  if (list == kCpu) return run_tasks(program_, first, last, false);
+  if (list == kNative) {
+    for (size_t i = first; i < last; ++i) deferred_[i].write(non_blocking);
+    return;
+  }
+  const Other& at = other(list);
+  if (at.transfer) return at.transfer->run(first, last, non_blocking);
+  devices::run(at.program, first, last, at.where, false);
+}
 
 void Batch::run(bool non_blocking) {
+  for (const Other& other : others_) {
+    if (other.transfer) other.transfer->check();
+  }
   if (autograd_ != Autograd::Below) {
     bump_versions(bumps_.size(), [this](size_t i) { return bumps_[i]; });
   }
   routes().add(program_);
   routes().native += static_cast<int64_t>(deferred_.size());
-  size_t done = 0;
-  for (const Deferred& deferred : deferred_) {
-    run_tasks(program_, done, deferred.before, false);
-    done = deferred.before;
-    deferred.write(non_blocking);
+  std::vector<const Program*> programs{&program_};
+  for (const Other& other : others_) {
+    if (other.transfer) {
+      routes().staged += static_cast<int64_t>(other.transfer->size());
+      routes().casts += other.transfer->writes().casts;
+    } else {
+      routes().add(other.program);
+    }
+    programs.push_back(&other.writes());
   }
-  run_tasks(program_, done, program_.tasks.size(), false);
+  // Lists that have nothing to do with each other run whole: one launch a device, however they alternate.
+  if (steps_.size() > 1 && deferred_.empty() && !share_memory(programs)) {
+    for (size_t list = 0; list < programs.size(); ++list) {
+      const uint32_t number = list == 0 ? uint32_t{kCpu} : static_cast<uint32_t>(kOthers + list - 1);
+      run_list(number, 0, size_of(number), non_blocking);
+    }
+    return;
+  }
+  std::vector<size_t> done(kOthers + others_.size());
+  for (const Step& step : steps_) {
+    run_list(step.list, done[step.list], done[step.list] + step.count, non_blocking);
+    done[step.list] += step.count;
+  }
+}
+
+size_t Batch::size_of(uint32_t list) const {
+  if (list == kCpu) return program_.tasks.size();
+  if (list == kNative) return deferred_.size();
+  const Other& other = others_[list - kOthers];
+  return other.transfer ? other.transfer->size() : other.program.tasks.size();
 }
 
 void Batch::clear() {
@@ -300,6 +423,8 @@ void Batch::clear() {
   for (Program& part : parts_) part.clear();  // not empty after an exception
   bumps_.clear();
   deferred_.clear();
+  others_.clear();
+  steps_.clear();
   elements_.clear();
 }
 

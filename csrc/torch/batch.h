@@ -13,8 +13,11 @@
 #include <vector>
 
 #include "core/task.h"
+#include "cuda/pack.h"
+#include "torch/devices.h"
 #include "torch/tensors.h"
 #include "torch/threads.h"
+#include "torch/transfer.h"
 
 namespace paramkit {
 
@@ -24,6 +27,7 @@ struct Routes {
   int64_t families[kFamilies] = {};
   int64_t casts = 0;  // of those, how many converted
   int64_t native = 0;
+  int64_t staged = 0;  // copies between host and device, through pinned memory
 
   void add(const Program& program) {
     for (int f = 0; f < kFamilies; ++f) families[f] += program.families[f];
@@ -87,7 +91,6 @@ class Batch {
  private:
   // A pair that torch's own copy_ or fill_ writes.
   struct Deferred {
-    size_t before;  // the task that must wait for it
     at::Tensor dst, src;
     std::optional<c10::Scalar> value;  // fill_ with a number
     bool fill;
@@ -97,16 +100,49 @@ class Batch {
     void write(bool non_blocking) const;
   };
 
+  // Where writes are recorded, each list in order: tasks for the CPU, pairs for torch, then the tasks for each
+  // device and the transfers to and from it.
+  enum : uint32_t { kCpu, kNative, kOthers };
+  struct Other {
+    int where;
+    std::optional<Transfer> transfer;  // or
+    Program program;
+
+    const Program& writes() const { return transfer ? transfer->writes() : program; }
+  };
+  // The order of all of them: `count` of one list, then of another.
+  struct Step {
+    uint32_t list;
+    size_t count;
+  };
+  void step(uint32_t list, size_t count = 1) {
+    if (!steps_.empty() && steps_.back().list == list) {
+      steps_.back().count += count;
+    } else {
+      steps_.push_back({list, count});
+    }
+  }
+  uint32_t list_of(int dst, int src);
+  Other& other(uint32_t list) { return others_[list - kOthers]; }
+  size_t size_of(uint32_t list) const;
+  void run_list(uint32_t list, size_t first, size_t last, bool non_blocking);
+  bool add_write(int dst_home, int src_home, char* dst, const char* src, Type to, Type from, const Dim* dims, int rank,
+                 bool number);
+
   // Adds a copy of equal dtypes and shapes, dense on both sides. False, and nothing added, if it is none or
   // not plain().
-  bool add_dense(const at::TensorImpl& dst, const at::TensorImpl& src, bool grad_mode, Program& program) const;
+  bool add_dense(const at::TensorImpl& dst, const at::TensorImpl& src, int where, bool grad_mode,
+                 Program& program) const;
   // The same for any shapes and strides.
-  bool add_strided(const at::TensorImpl& dst, const at::TensorImpl& src, bool grad_mode, Program& program) const;
-  // Whether a copy is the kernels' alone, as far as can be told without the shapes.
-  bool plain(const at::TensorImpl& dst, const at::TensorImpl& src, bool grad_mode) const;
+  bool add_strided(const at::TensorImpl& dst, const at::TensorImpl& src, int where, bool grad_mode,
+                   Program& program) const;
+  // Whether a copy is the kernels' alone, both sides there, as far as can be told without the shapes.
+  bool plain(const at::TensorImpl& dst, const at::TensorImpl& src, int where, bool grad_mode) const;
   void check_version(Place place, Access how) const;
   bool records(const at::Tensor& dst, const at::TensorImpl* src) const;
-  void copy_strided(Place place, const at::Tensor& dst, const at::Tensor& src);
+  void copy_strided(Place place, const at::Tensor& dst, devices::Home to_home, const at::Tensor& src,
+                    devices::Home from_home);
+  void defer(Deferred deferred);
   void defer_copy(const at::Tensor& dst, const at::Tensor& src);
   void defer_cast(const at::Tensor& dst, const at::Tensor& src);
   void defer_fill(const at::Tensor& dst, const c10::Scalar& value);
@@ -117,18 +153,21 @@ class Batch {
   std::vector<Program> parts_;  // of copy_plain, empty between calls
   std::vector<at::TensorImpl*> bumps_;
   std::vector<Deferred> deferred_;
+  std::vector<Other> others_;
+  std::vector<Step> steps_;
   std::deque<std::array<char, 16>> elements_;  // of fills; a deque keeps their addresses
 };
 
-inline bool Batch::plain(const at::TensorImpl& to, const at::TensorImpl& from, bool grad_mode) const {
-  return access(to) == Access::Plain && access(from) != Access::Native && has_memory(to) && has_memory(from) &&
+inline bool Batch::plain(const at::TensorImpl& to, const at::TensorImpl& from, int where, bool grad_mode) const {
+  return devices::access_at(to, where) == Access::Plain && devices::access_at(from, where) != Access::Native &&
+         has_memory(to) && has_memory(from) &&
          (autograd_ != Autograd::Follow || !(on_autograd(to, grad_mode) || on_autograd(from, grad_mode)));
 }
 
-inline bool Batch::add_dense(const at::TensorImpl& to, const at::TensorImpl& from, bool grad_mode,
+inline bool Batch::add_dense(const at::TensorImpl& to, const at::TensorImpl& from, int where, bool grad_mode,
                              Program& program) const {
-  if (!plain(to, from, grad_mode) || to.dtype() != from.dtype() || !to.is_contiguous() || !from.is_contiguous() ||
-      to.sizes() != from.sizes()) {
+  if (!plain(to, from, where, grad_mode) || to.dtype() != from.dtype() || !to.is_contiguous() ||
+      !from.is_contiguous() || to.sizes() != from.sizes()) {
     return false;
   }
   const auto type = c10::typeMetaToScalarType(to.dtype());
@@ -143,20 +182,28 @@ inline bool Batch::add_dense(const at::TensorImpl& to, const at::TensorImpl& fro
 
 template <class Dst, class Src>
 size_t Batch::copy_plain(size_t n, size_t pieces, Dst dst, Src src) {
+  // Where the first pair is; what is elsewhere is not plain here.
+  const at::TensorImpl* first_dst = dst(0);
+  const at::TensorImpl* first_src = src(0);
+  if (first_dst == nullptr || first_src == nullptr) return 0;
+  const int where = devices::home(*first_dst, true).where;
+  if (where == devices::kNowhere || where != devices::home(*first_src, false).where) return 0;
+  const uint32_t list = list_of(where, where);
+  Program& all = list == kCpu ? program_ : other(list).program;
   const size_t bumps = bumps_.size();
   bumps_.resize(bumps + n);
   if (parts_.size() < pieces) parts_.resize(pieces);
   const bool grad_mode = at::GradMode::is_enabled();
   std::atomic<size_t> plain_ones{n};  // as far as is known
   in_pieces(n, pieces, [&](size_t piece, size_t first, size_t last) {
-    Program& program = pieces == 1 ? program_ : parts_[piece];
+    Program& program = pieces == 1 ? all : parts_[piece];
     for (size_t i = first; i < last; ++i) {
       size_t known = plain_ones.load(std::memory_order_relaxed);
       if (known < i) return;
       at::TensorImpl* to = dst(i);
       const at::TensorImpl* from = src(i);
       if (to == nullptr || from == nullptr ||
-          !(add_dense(*to, *from, grad_mode, program) || add_strided(*to, *from, grad_mode, program))) {
+          !(add_dense(*to, *from, where, grad_mode, program) || add_strided(*to, *from, where, grad_mode, program))) {
         while (i < known && !plain_ones.compare_exchange_weak(known, i)) {
         }
         return;
@@ -165,9 +212,10 @@ size_t Batch::copy_plain(size_t n, size_t pieces, Dst dst, Src src) {
     }
   });
   bumps_.resize(bumps + plain_ones);
+  if (plain_ones > 0) step(list, plain_ones);
   for (size_t piece = 0; pieces > 1 && piece < pieces; ++piece) {
     // Behind the first that is not plain nothing counts.
-    if (n * piece / pieces < plain_ones) program_.append(parts_[piece]);
+    if (n * piece / pieces < plain_ones) all.append(parts_[piece]);
     parts_[piece].clear();
   }
   return plain_ones;

@@ -7,10 +7,12 @@
 #include "cpu/capability.h"
 #include "cpu/run.h"
 #include "torch/batch.h"
+#include "torch/devices.h"
 #include "torch/load_state_dict.h"
 #include "torch/plan.h"
 #include "torch/python_ops.h"
 #include "torch/recorder.h"
+#include "torch/staging.h"
 
 namespace py = pybind11;
 
@@ -58,7 +60,26 @@ py::dict routes() {
   for (int f = 0; f < paramkit::kFamilies; ++f) counts[paramkit::kFamilyNames[f]] = done.families[f];
   counts["cast"] = done.casts;
   counts["native"] = done.native;
+  counts["staged"] = done.staged;
   return counts;
+}
+
+void open_cuda(const std::string& path, const std::string& emulate) {
+  namespace devices = paramkit::devices;
+  if (emulate.empty()) return devices::open(path, devices::Emulate::No);
+  if (emulate == "kernels") return devices::open(path, devices::Emulate::Kernels);
+  if (emulate == "to device") return devices::open(path, devices::Emulate::ToDevice);
+  if (emulate == "to host") return devices::open(path, devices::Emulate::ToHost);
+  throw py::value_error("open_cuda: got '" + emulate + "', expected '', 'kernels', 'to device' or 'to host'");
+}
+
+py::dict cuda_counts() {
+  const paramkit::devices::Counts counts = paramkit::devices::counts();
+  py::dict result;
+  result["launches"] = counts.launches;
+  result["uploads"] = counts.uploads;
+  result["staged_bytes"] = counts.staged_bytes;
+  return result;
 }
 
 }  // namespace
@@ -78,6 +99,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_stream_bytes", [](int64_t bytes) {
     const int64_t before = paramkit::cpu::stream_bytes();
     paramkit::cpu::set_stream_bytes(bytes);
+    return before;
+  });
+  m.def("open_cuda", &open_cuda, py::arg("path"), py::arg("emulate") = "");
+  m.def("close_emulated_cuda", &paramkit::devices::close_emulated);
+  m.def("enable_cuda", &paramkit::devices::enable);
+  m.def("cuda_counts", &cuda_counts);
+  m.def("staging_bytes", &paramkit::staging_bytes);
+  m.def("set_staging_bytes", [](int64_t bytes) {
+    const int64_t before = paramkit::staging_bytes();
+    paramkit::set_staging_bytes(bytes);
     return before;
   });
   m.def("torch_version", [] { return std::string(TORCH_VERSION); });

@@ -169,7 +169,7 @@ TORCH_LIBRARY(paramkit, m) {
     m.impl("foreach_fill_", TORCH_FN(paramkit::foreach_fill_##layer)); \
   }
 PARAMKIT_IMPL(CPU, cpu)
-PARAMKIT_IMPL(CUDA, cpu)  // pair by pair to torch's own copy_ and fill_
+PARAMKIT_IMPL(CUDA, cpu)  // a batch knows where its tensors are
 PARAMKIT_IMPL(Meta, meta)
 PARAMKIT_IMPL(ADInplaceOrView, inplace)
 PARAMKIT_IMPL(Autograd, autograd)

@@ -134,8 +134,19 @@ Plan::Plan(std::vector<at::Tensor> dsts, std::vector<at::Tensor> srcs, std::vect
     }
   }
   for (const at::Tensor& tensor : srcs_) src_snapshots_.push_back(kinds.snapshot(tensor));
+  compile();
+}
+
+void Plan::compile() {
+  program_.clear();
+  task_write_.clear();
+  native_.clear();
+  others_.clear();
   program_.tasks.reserve(writes_.size());
   for (size_t w = 0; w < writes_.size(); ++w) compile(w);
+  for (Other& other : others_) {
+    if (!other.transfer) other.resident.emplace(other.program, other.where);
+  }
 }
 
 void Plan::compile(size_t w) {
@@ -144,7 +155,10 @@ void Plan::compile(size_t w) {
   const at::TensorImpl& src = *srcs_.at(static_cast<size_t>(write.src)).unsafeGetTensorImpl();
   const size_t rank = write.sizes.size();
   Type to{}, from{};
-  if (access(dst) == Access::Native || access(src) == Access::Native || rank > kMaxRank ||
+  const int to_home = devices::home(dst, true).where, from_home = devices::home(src, false).where;
+  const bool on_host = to_home == devices::kHost && from_home == devices::kHost;
+  // Writes that have an order keep it among themselves; on a device torch's own copy_ does.
+  if (to_home == devices::kNowhere || from_home == devices::kNowhere || (ordered_ && !on_host) || rank > kMaxRank ||
       !kernel_types(c10::typeMetaToScalarType(dst.dtype()), c10::typeMetaToScalarType(src.dtype()), to, from)) {
     native_.push_back(static_cast<uint32_t>(w));
     return;
@@ -153,6 +167,13 @@ void Plan::compile(size_t w) {
   Dim dims[kMaxRank];
   for (size_t i = 0; i < rank; ++i)
     dims[i] = {write.sizes[i], write.dst_strides[i] * width, write.src_strides[i] * src_width};
+  if (!on_host) {
+    if (!add_elsewhere(w, to_home, from_home, data(dst) + write.dst_offset * width,
+                       data(src) + write.src_offset * src_width, to, from, dims, static_cast<int>(rank))) {
+      native_.push_back(static_cast<uint32_t>(w));
+    }
+    return;
+  }
   const size_t before = program_.tasks.size();
   if (!program_.add(data(dst) + write.dst_offset * width, data(src) + write.src_offset * src_width, to, from, dims,
                     static_cast<int>(rank))) {
@@ -161,10 +182,49 @@ void Plan::compile(size_t w) {
   if (program_.tasks.size() > before) task_write_.push_back(static_cast<uint32_t>(w));
 }
 
+// False if the kernels do not take it: between two devices, elements that are not aligned, or one element of
+// the destination twice.
+bool Plan::add_elsewhere(size_t w, int dst_home, int src_home, char* dst, const char* src, Type to, Type from,
+                         const Dim* dims, int rank) {
+  const bool transfers = dst_home != src_home, to_device = dst_home != devices::kHost;
+  if (transfers && to_device && src_home != devices::kHost) return false;
+  const int where = to_device ? dst_home : src_home;
+  const auto same = [&](const Other& o) {
+    return o.where == where && o.transfer.has_value() == transfers &&
+           (!transfers || o.transfer->to_device() == to_device);
+  };
+  auto at = std::find_if(others_.begin(), others_.end(), same);
+  if (at == others_.end()) {
+    others_.push_back({where, {}, {}, {}, {}});
+    at = others_.end() - 1;
+    if (transfers) at->transfer.emplace(where, to_device);
+  }
+  if (transfers) {
+    if (!cuda::takes(to_device ? dst : nullptr, to_device ? nullptr : src, to, from, false) ||
+        !at->transfer->add(dst, src, to, from, dims, rank)) {
+      return false;
+    }
+    at->writes.push_back(static_cast<uint32_t>(w));
+    return true;
+  }
+  const size_t before = at->program.tasks.size();
+  if (!cuda::takes(dst, src, to, from, cuda::one_element(dims, rank)) ||
+      !at->program.add(dst, src, to, from, dims, rank))
+    return false;
+  if (at->program.tasks.size() > before) at->writes.push_back(static_cast<uint32_t>(w));
+  return true;
+}
+
 std::vector<std::string> Plan::families() const {
   std::vector<std::string> names(writes_.size(), "empty");
   for (size_t t = 0; t < program_.tasks.size(); ++t) {
     names[task_write_[t]] = kFamilyNames[static_cast<int>(program_.tasks[t].family)];
+  }
+  for (const Other& other : others_) {
+    for (size_t i = 0; i < other.writes.size(); ++i) {
+      names[other.writes[i]] =
+          other.transfer ? "staged" : kFamilyNames[static_cast<int>(other.program.tasks[i].family)];
+    }
   }
   for (uint32_t w : native_) names[w] = "native";
   return names;
@@ -299,6 +359,10 @@ bool Plan::rebind(const py::dict& tensors, const py::list& names) {
   }
   srcs_ = std::move(srcs);
   for (size_t i = 0; i < srcs_.size(); ++i) set_memory(src_snapshots_[i], srcs_[i]);
+  if (!others_.empty()) {
+    compile();
+    return false;
+  }
   for (size_t t = 0; t < program_.tasks.size(); ++t) {
     const Write& write = writes_[task_write_[t]];
     const at::TensorImpl& src = *srcs_[static_cast<size_t>(write.src)].unsafeGetTensorImpl();
@@ -348,16 +412,39 @@ bool Plan::run(const py::object& progress) {
     tell_all();
     return true;
   }
+  for (const Other& other : others_) {
+    if (other.transfer) other.transfer->check();
+  }
   bump_versions(dst_snapshots_.size(), [this](size_t i) { return dst_snapshots_[i].impl; });
   routes().add(program_);
+  for (const Other& other : others_) {
+    if (other.transfer) {
+      routes().staged += static_cast<int64_t>(other.transfer->size());
+      routes().casts += other.transfer->writes().casts;
+    } else {
+      routes().add(other.program);
+    }
+  }
   routes().native += static_cast<int64_t>(native_.size());
   if (ordered_ || !progress.is_none()) {
     run_in_pieces(progress);
     return true;
   }
+  run_elsewhere();
   run_tasks(program_, 0, program_.tasks.size(), true);
   for (uint32_t w : native_) copy_native(w);
   return true;
+}
+
+// All at once: what is written here is read nowhere in this plan.
+void Plan::run_elsewhere() const {
+  for (const Other& other : others_) {
+    if (other.transfer) {
+      other.transfer->run(0, other.transfer->size(), false);
+    } else {
+      other.resident->run();
+    }
+  }
 }
 
 int64_t Plan::bytes_of(size_t w) const {
@@ -370,12 +457,27 @@ int64_t Plan::bytes_of(size_t w) const {
 void Plan::run_in_pieces(const py::object& progress) {
   int64_t total = program_.bytes, done = 0, told = 0;
   for (uint32_t w : native_) total += bytes_of(w);
+  for (const Other& other : others_) total += other.transfer ? other.transfer->writes().bytes : other.program.bytes;
   const auto advance = [&](int64_t bytes) {
     done += bytes;
     if (progress.is_none() || (done - told < kProgressBytes && done != total)) return;
     told = done;
     progress(done, total);
   };
+  for (const Other& other : others_) {
+    if (!other.transfer) {
+      other.resident->run();
+      advance(other.program.bytes);
+      continue;
+    }
+    const size_t n = other.transfer->size();
+    for (size_t first = 0, last = 0; first < n; first = last) {
+      int64_t bytes = 0;
+      for (last = first; last < n && bytes < kProgressBytes; ++last) bytes += bytes_of(other.writes[last]);
+      other.transfer->run(first, last, last < n);
+      advance(bytes);
+    }
+  }
   size_t native = 0;
   const auto run_native = [&] {
     copy_native(native_[native]);
@@ -400,9 +502,11 @@ std::vector<int64_t> Plan::verify() const {
   for (size_t t = 0; t < program_.tasks.size(); ++t) {
     if (!cpu::equal(program_, program_.tasks[t])) differ.push_back(task_write_[t]);
   }
-  if (!native_.empty()) {
+  std::vector<uint32_t> by_torch = native_;
+  for (const Other& other : others_) by_torch.insert(by_torch.end(), other.writes.begin(), other.writes.end());
+  if (!by_torch.empty()) {
     const py::object same_bits = py::module_::import("paramkit.backend.native").attr("same_bits");
-    for (uint32_t w : native_) {
+    for (uint32_t w : by_torch) {
       const Write& write = writes_[w];
       const at::Tensor dst = view(dsts_[static_cast<size_t>(write.dst)], write, true);
       const at::Tensor src = view(srcs_[static_cast<size_t>(write.src)], write, false);

@@ -5,11 +5,14 @@
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "core/task.h"
+#include "torch/devices.h"
 #include "torch/tensors.h"
+#include "torch/transfer.h"
 
 namespace paramkit {
 
@@ -95,6 +98,15 @@ class Plan {
     PyObject* base_object;
   };
 
+  // The writes on a device, or between it and the host.
+  struct Other {
+    int where;
+    std::optional<Transfer> transfer;  // or
+    Program program;
+    std::vector<uint32_t> writes;  // the write of each task, or of each of the transfer's
+    std::optional<devices::Resident> resident;
+  };
+
   class Kinds;
   void set_memory(Snapshot& snapshot, const at::Tensor& tensor) const;
   bool same_layout(const Snapshot& was, const at::TensorImpl& impl) const;
@@ -104,7 +116,11 @@ class Plan {
   bool slot_holds(const Slot& slot) const;
   bool orphan(size_t dst) const;
   bool intact(bool& recorded) const;
+  void compile();
   void compile(size_t write);
+  bool add_elsewhere(size_t write, int dst_home, int src_home, char* dst, const char* src, Type to, Type from,
+                     const Dim* dims, int rank);
+  void run_elsewhere() const;
   at::Tensor view(const at::Tensor& tensor, const Write& write, bool dst) const;
   void copy_native(size_t write) const;
   int64_t bytes_of(size_t write) const;
@@ -124,6 +140,7 @@ class Plan {
   Program program_;
   std::vector<uint32_t> task_write_;  // the write of each task
   std::vector<uint32_t> native_;      // writes that torch's own copy_ does
+  std::vector<Other> others_;
 };
 
 }  // namespace paramkit

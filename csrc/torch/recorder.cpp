@@ -273,6 +273,7 @@ bool Recording::run() const {
       empty.push_back(entry.tensor);
       continue;
     }
+    if (value == nullptr) program.make_number();
     int64_t written = width, read = src_width;
     for (int k = 0; k < part.rank; ++k) {
       written += (dims[k].size - 1) * dims[k].dst;

@@ -61,6 +61,17 @@ inline Access access(const at::TensorImpl& impl) {
   return keys == normal ? Access::Plain : Access::Inference;
 }
 
+// The same for a CUDA tensor: whether the device's memory may be read and written by kernels.
+inline Access cuda_access(const at::TensorImpl& impl) {
+  constexpr auto normal =
+      c10::DispatchKeySet({c10::DispatchKey::CUDA, c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutogradCUDA});
+  constexpr auto inference = c10::DispatchKeySet(c10::DispatchKey::CUDA);
+  const auto keys = impl.key_set() - c10::autocast_dispatch_keyset;
+  if (keys != normal && keys != inference) return Access::Native;
+  if (!impl.unsafe_storage() || impl.dim() > kMaxRank || copy_on_write(impl)) return Access::Native;
+  return keys == normal ? Access::Plain : Access::Inference;
+}
+
 // The first element. Does not ask whether the storage is initialised: an empty tensor gives nullptr.
 C10_ALWAYS_INLINE char* data(const at::TensorImpl& impl) {
   auto* base = static_cast<char*>(const_cast<void*>(impl.unsafe_storage().unsafeGetStorageImpl()->data()));

@@ -5,6 +5,7 @@
 #include "core/classify.h"
 #include "core/overlap.h"
 #include "cpu/run.h"
+#include "torch/devices.h"
 
 namespace paramkit {
 
@@ -16,22 +17,22 @@ void parallel(int n, void (*body)(void*, int), void* context) {
   });
 }
 
-class ReleaseGil {
- public:
-  explicit ReleaseGil(bool wanted) : state_(wanted && PyGILState_Check() ? PyEval_SaveThread() : nullptr) {}
-  ~ReleaseGil() {
-    if (state_ != nullptr) PyEval_RestoreThread(state_);
-  }
-  ReleaseGil(const ReleaseGil&) = delete;
-  ReleaseGil& operator=(const ReleaseGil&) = delete;
-
- private:
-  PyThreadState* state_;
-};
-
 }  // namespace
 
+ReleaseGil::ReleaseGil(bool wanted) : state_(wanted && PyGILState_Check() ? PyEval_SaveThread() : nullptr) {}
+
+ReleaseGil::~ReleaseGil() {
+  if (state_ != nullptr) PyEval_RestoreThread(static_cast<PyThreadState*>(state_));
+}
+
 void run_tasks(const Program& program, size_t first, size_t last, bool disjoint) {
+  if (devices::kernels_emulated() && devices::take_all(program, first, last)) {
+    return devices::run(program, first, last, 0, disjoint);
+  }
+  run_on_host(program, first, last, disjoint);
+}
+
+void run_on_host(const Program& program, size_t first, size_t last, bool disjoint) {
   if (first == last) return;
   const int available = threads();
   const ReleaseGil released(program.bytes >= kReleaseGil);

@@ -58,9 +58,24 @@ void bump_versions(size_t n, Impl impl) {
 // thread wants it.
 inline constexpr int64_t kReleaseGil = 1 << 20;
 
+// Gives up the GIL for a while, if it is held and that is wanted.
+class ReleaseGil {
+ public:
+  explicit ReleaseGil(bool wanted);
+  ~ReleaseGil();
+  ReleaseGil(const ReleaseGil&) = delete;
+  ReleaseGil& operator=(const ReleaseGil&) = delete;
+
+ private:
+  void* state_;  // PyThreadState*
+};
+
 // Runs the tasks [first, last) with torch's threads, the GIL released if it is held and the work is
 // long. `disjoint`: the caller knows that no task writes what another reads or writes; otherwise it is
 // looked at, and tasks that share memory run in order.
 void run_tasks(const Program& program, size_t first, size_t last, bool disjoint);
+
+// The same, whatever CPU tensors stand for.
+void run_on_host(const Program& program, size_t first, size_t last, bool disjoint);
 
 }  // namespace paramkit

@@ -1,4 +1,4 @@
-"""Builds the extension into torch's extension cache, when asked to and never otherwise."""
+"""Builds the extension and the CUDA library into torch's extension cache, when asked to and never otherwise."""
 
 from __future__ import annotations
 
@@ -8,16 +8,25 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from paramkit.backend import loader, sources
 
+if TYPE_CHECKING:
+    from paramkit.backend import compile as compiling
+
 
 class BuildError(loader.BackendError):
-    """The extension could not be built. The message holds the end of the log and its path."""
+    """The extension, or a CUDA library that must be there, could not be built.
+
+    The message holds the end of the log and its path.
+    """
 
 
 def build(verbose: bool = True, force: bool = False) -> Path:
     """Compile the extension for this torch and this Python, unless that has been done.
+
+    With it the CUDA library, where there is an nvcc; ``PARAMKIT_CUDA`` says whether it must be.
 
     Two processes that build at once build once: the second waits, then finds the first one's
     result. The result appears in one step, so a process that looks for it sees all or nothing.
@@ -31,7 +40,8 @@ def build(verbose: bool = True, force: bool = False) -> Path:
         Path of the binary in the cache.
 
     Raises:
-        BuildError: if there is no compiler, the build fails, or the cache cannot be written.
+        BuildError: if there is no compiler, the build fails, the cache cannot be written, or
+            ``PARAMKIT_CUDA`` has an unknown value.
 
     Example:
         >>> from paramkit import backend
@@ -54,6 +64,10 @@ def build(verbose: bool = True, force: bool = False) -> Path:
         raise BuildError(
             f"there is no folder to build in ({error}): name one with TORCH_EXTENSIONS_DIR"
         ) from None
+    try:
+        sources.cuda_mode()
+    except ValueError as error:
+        raise BuildError(f"build: {error}") from None
     target = cache / digest
     try:
         with _locked(cache, say):
@@ -61,7 +75,7 @@ def build(verbose: bool = True, force: bool = False) -> Path:
                 _mark_as_asked_for(target)
                 say(f"already built: {target / sources.BINARY_NAME}")
             else:
-                _build_into(target, say)
+                _build_into(target, say, force)
     except OSError as error:
         raise BuildError(
             f"build: cannot write to the extension cache {cache}: {error}. Set "
@@ -74,9 +88,10 @@ def build(verbose: bool = True, force: bool = False) -> Path:
     return target / sources.BINARY_NAME
 
 
-def _build_into(target: Path, say: Callable[[str], None]) -> None:
+def _build_into(target: Path, say: Callable[[str], None], force: bool) -> None:
     """Compile in a temporary folder beside the target, then rename. The lock is held."""
     from paramkit.backend import compile as compiling
+    from paramkit.backend import compile_cuda
 
     cache = target.parent
     # Left by builds that were killed; nobody else builds here now, since we hold the lock.
@@ -87,9 +102,14 @@ def _build_into(target: Path, say: Callable[[str], None]) -> None:
         out = work / "out"
         out.mkdir()
         log = out / "build.log"
+        log.touch()
         say(f"building the extension into {target}")
+        # The other builds in the cache may have the same CUDA library, which takes minutes.
+        others = () if force else [folder for folder in cache.glob("[!.]*") if folder.is_dir()]
         try:
+            compile_cuda.check_settings(sources.csrc_dir())
             compiling.compile_extension(out, work / "objects", log, say)
+            cuda = compile_cuda.compile_library(out, work / "cuda", log, say, others)
         except compiling.CompileError as error:
             kept = cache / f"{target.name}.failed.log"
             log.replace(kept)
@@ -98,25 +118,38 @@ def _build_into(target: Path, say: Callable[[str], None]) -> None:
             # File by file: a folder that is not empty cannot be replaced in one step. The record
             # goes first, so that at no moment a record stands beside a binary it was not made for.
             (target / sources.RECORD_NAME).unlink(missing_ok=True)
-            for name in ("build.log", sources.BINARY_NAME, sources.RECORD_NAME):
-                (out / name).replace(target / name)
+            (target / sources.CUDA_NAME).unlink(missing_ok=True)
+            names = ("build.log", sources.BINARY_NAME, sources.CUDA_NAME, sources.RECORD_NAME)
+            for name in names:
+                if (out / name).exists():
+                    (out / name).replace(target / name)
         else:
             out.replace(target)
         (cache / f"{target.name}.failed.log").unlink(missing_ok=True)
         say(f"built {target / sources.BINARY_NAME}")
+        if cuda["result"] == "failed":
+            say(
+                f"warning: without the CUDA library: {cuda['reason']}; "
+                f"the output is in {target / 'build.log'}"
+            )
+        elif cuda["result"] != "built":
+            say(f"without the CUDA library: {cuda['reason']}")
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
 def _is_good(folder: Path) -> bool:
-    """Whether the folder holds a whole binary, made with the flags asked for now."""
+    """Whether the folder holds all that a build would make now, whole, with the same flags."""
+    from paramkit.backend import compile_cuda
+
     record = sources.read_record(folder / sources.RECORD_NAME)
     binary = folder / sources.BINARY_NAME
     if record is None or not binary.is_file():
         return False
     checked = [flag for flag in sources.compile_flags() if flag != "-Werror"]
     same_flags = [flag for flag in record.get("flags", []) if flag != "-Werror"] == checked
-    return same_flags and record.get("sha256") == sources.file_digest(binary)
+    whole = record.get("sha256") == sources.file_digest(binary)
+    return same_flags and whole and compile_cuda.is_good(folder, record)
 
 
 def _mark_as_asked_for(folder: Path) -> None:
@@ -143,19 +176,29 @@ def _locked(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
         os.close(handle)
 
 
-def _failure(error: RuntimeError, log: Path) -> str:
+def _failure(error: compiling.CompileError, log: Path) -> str:
+    from paramkit.backend import compile_cuda
+
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     # After the compiler's messages comes the traceback of the tool that called it: not the news.
     traceback = next((i for i, line in enumerate(lines) if line.startswith("Traceback")), None)
     if traceback and any("error:" in line for line in lines[:traceback]):
         lines = lines[:traceback]
     tail = "\n".join(f"  {line[:300]}" for line in lines[-25:])
+    if isinstance(error, compile_cuda.CudaError):
+        remedy = (
+            "install the CUDA toolkit (or name its folder in CUDA_HOME), and a C++ compiler that its "
+            "nvcc takes (NVCC_CCBIN names one); then `paramkit build` again. PARAMKIT_CUDA=off "
+            "builds without it: CUDA tensors then go through torch's own copy_ and fill_."
+        )
+    else:
+        remedy = (
+            "install a C++ compiler (or name one in CXX), and `pip install setuptools ninja`; then "
+            "`paramkit build` again. Until then paramkit runs on torch's own copy_ and fill_."
+        )
     return (
-        f"build: the extension did not build: {error}\n{tail}\n"
-        f"The whole log: {log}\n"
-        "What to do: install a C++ compiler (or name one in CXX), and `pip install setuptools "
-        "ninja`; then `paramkit build` again. Until then paramkit runs on torch's own copy_ and "
-        "fill_."
+        f"build: {error.what} did not build: {error}\n{tail}\n"
+        f"The whole log: {log}\nWhat to do: {remedy}"
     )
 
 

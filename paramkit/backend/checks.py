@@ -227,9 +227,10 @@ def element_of(value: Any, dst: Tensor) -> Tensor:
     """``value`` as a tensor of shape () and ``dst``'s dtype, or what ``dst.fill_(value)`` raises.
 
     torch converts numbers for one element by another way than for many: the limits differ for float8
-    and complex32, so as many elements as tell the difference are filled.
+    and complex32, so as many elements as tell the difference are filled (on a GPU there is none).
     """
-    few = torch.empty(min(dst.numel(), 2) if _has_shape(dst) else 2, dtype=dst.dtype).fill_(value)
+    alone = dst.device.type == "cpu" and _has_shape(dst) and dst.numel() < 2
+    few = torch.empty(dst.numel() if alone else 2, dtype=dst.dtype).fill_(value)
     return few[0] if few.numel() else torch.empty((), dtype=dst.dtype)
 
 

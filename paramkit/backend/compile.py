@@ -3,6 +3,7 @@
 Two halves. :func:`compile_extension` starts a fresh Python and reads what it prints, because the
 compiler's messages go to the process's output, not into the exception that torch raises.
 :func:`_compile_here` is what runs in that process. Both setup.py and `paramkit build` come here.
+The CUDA library is built by compile_cuda.py, afterwards.
 
 setup.py loads this file by path, before paramkit or torch can be imported.
 """
@@ -36,7 +37,9 @@ _SOURCE_ARGUMENT = re.compile(r"\s-c (/\S+)\s")
 
 
 class CompileError(RuntimeError):
-    """The compilation failed. ``output``: everything that it printed."""
+    """The compilation failed. ``output``: everything that it printed; ``what``: what was compiled."""
+
+    what = "the extension"
 
     def __init__(self, summary: str, output: str) -> None:
         super().__init__(summary)
@@ -62,16 +65,46 @@ def compile_extension(
     """
     temp.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-c", _CHILD, str(Path(__file__).parent), str(out), str(temp)]
+    log.unlink(missing_ok=True)
+
+    def watch(line: str) -> None:
+        progress = _progress(line)
+        if progress:
+            say(progress)
+
+    status, output = run_logged(command, temp, log, watch)
+    binary = out / sources.BINARY_NAME
+    if status != 0:
+        raise CompileError(summary(output, status), output)
+    if not binary.is_file():
+        raise CompileError(f"the build ended without an error but made no {binary.name}", output)
+    return binary
+
+
+def run_logged(
+    command: list[str], folder: Path, log: Path, watch: Callable[[str], None]
+) -> tuple[int, str]:
+    """Run a compiler, or what calls one.
+
+    Args:
+        command: the command line.
+        folder: where it runs.
+        log: file that its output is appended to, as it comes.
+        watch: called with every line of the output.
+
+    Returns:
+        Its exit status, and its whole output.
+    """
     environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
     # ninja may be installed in the environment of this Python without that being activated.
     environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), environ.get("PATH", "")])
     # The compiler's messages are searched for lines in English.
     environ["LC_ALL"] = "C.UTF-8"
     lines: list[str] = []
-    with log.open("w", encoding="utf-8") as kept:
+    with log.open("a", encoding="utf-8") as kept:
         process = subprocess.Popen(
             command,
-            cwd=temp,
+            cwd=folder,
             env=environ,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -85,21 +118,13 @@ def compile_extension(
                 lines.append(line)
                 kept.write(line)
                 kept.flush()
-                progress = _progress(line)
-                if progress:
-                    say(progress)
+                watch(line)
         except BaseException:
             process.kill()  # Ctrl-C: leave no compiler behind
             raise
         finally:
             status = process.wait()
-    output = "".join(lines)
-    binary = out / sources.BINARY_NAME
-    if status != 0:
-        raise CompileError(_summary(output, status), output)
-    if not binary.is_file():
-        raise CompileError(f"the build ended without an error but made no {binary.name}", output)
-    return binary
+    return status, "".join(lines)
 
 
 def _progress(line: str) -> str | None:
@@ -115,11 +140,12 @@ def _progress(line: str) -> str | None:
     return f"{step.group(0)}{name}"
 
 
-def _summary(output: str, status: int) -> str:
+def summary(output: str, status: int) -> str:
     """The line that says most about a failure: the compiler's first error, else the last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     for line in lines:
-        if re.search(r"(?<!-W)\b(fatal )?error:", line):
+        # nvcc numbers its warnings that are errors: `error #177-D: variable ...`.
+        if re.search(r"(?<!-W)\b(fatal )?error( #[\w-]+)?:", line):
             return line
     return lines[-1] if lines else f"the build process ended with status {status}"
 

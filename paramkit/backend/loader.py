@@ -28,7 +28,6 @@ ROUTES = ("auto", "native", "cpu", "cuda")
 CAPABILITIES = ("scalar", "avx2", "avx512")
 _MODULE_NAME = "paramkit._C"
 _REMEDY = "run `paramkit build` (or paramkit.backend.build())"
-_NO_CUDA = "this build of paramkit has no CUDA kernels; CUDA tensors go through torch's own copy_ and fill_"
 
 
 class BackendError(RuntimeError):
@@ -53,10 +52,16 @@ class Decision:
     """The route that calls take."""
 
     module: ModuleType
-    name: str  # "cpu" or "native"
+    name: str  # "cpu", "cuda" or "native"
     why: str
     extension: Extension = field(default_factory=Extension)
     warning: str = ""  # to be given at the first use
+    cuda: bool = False  # CUDA tensors go to the kernels, if there is a library and a device
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the extension runs the writes: for CPU tensors "cuda" is the same as "cpu"."""
+        return self.name != "native"
 
 
 _lock = threading.RLock()
@@ -64,6 +69,7 @@ _active: ModuleType | None = None  # what active() returns; None until the first
 _decision: Decision | None = None
 _extension: Extension | None = None
 _warned = False
+_cuda_enabled = True  # as the extension has it
 
 
 def active() -> ModuleType:
@@ -94,7 +100,8 @@ def force(name: str) -> Iterator[ModuleType]:
     It holds for the whole process, all threads included: meant for tests and comparisons.
 
     Args:
-        name: ``native``, ``cpu``, or ``cpu:`` and an instruction set, as in ``cpu:avx2``.
+        name: ``native``; ``cpu``, or ``cpu:`` and an instruction set, as in ``cpu:avx2``, with
+            torch's own functions for CUDA tensors; or ``cuda``, with the kernels for both.
 
     Raises:
         BackendError: if the name is unknown, or the route cannot be had on this machine.
@@ -106,16 +113,19 @@ def force(name: str) -> Iterator[ModuleType]:
         'native'
     """
     global _active, _decision
-    choices = ("native", "cpu", *(f"cpu:{one}" for one in CAPABILITIES))
-    if name not in (*choices, "cuda"):
+    choices = ("native", "cpu", *(f"cpu:{one}" for one in CAPABILITIES), "cuda")
+    if name not in choices:
         raise BackendError(f"force: got {name!r}, expected one of {', '.join(choices)}")
     route, _, capability = name.partition(":")
     with _lock:
         before = (_active, _decision)
         decision = _decide(route, f"forced by paramkit.backend.force({name!r})")
-        restore = decision.module.capability() if decision.name == "cpu" else None
+        restore = decision.module.capability() if decision.compiled else None
         if capability:
             _set_capability(decision.module, capability, f"force({name!r})")
+        cuda_before = _cuda_enabled
+        if decision.compiled:
+            _enable_cuda(decision.module, decision.cuda)
         _active, _decision = decision.module, decision
     try:
         yield decision.module
@@ -123,6 +133,7 @@ def force(name: str) -> Iterator[ModuleType]:
         with _lock:
             if restore is not None:
                 decision.module.set_capability(restore)
+                _enable_cuda(decision.module, cuda_before)
             _active, _decision = before
 
 
@@ -138,7 +149,7 @@ def decide() -> Decision:
             route, capability = _environment()
             decision = _decide(route, f"PARAMKIT_BACKEND={route}" if route != "auto" else "")
             if capability:
-                if decision.name == "cpu":
+                if decision.compiled:
                     source = f"PARAMKIT_CPU_CAPABILITY={capability}"
                     _set_capability(decision.module, capability, source)
                 elif route == "auto":
@@ -148,6 +159,8 @@ def decide() -> Decision:
                         f"but {decision.extension.reason}. To get it, {_REMEDY}; or unset the "
                         f"variable{_quote(decision.extension.error)}"
                     )
+            if decision.compiled:
+                _enable_cuda(decision.module, decision.cuda)
             _decision = decision
         return _decision
 
@@ -171,6 +184,7 @@ def settings() -> dict[str, str]:
         "PARAMKIT_BACKEND",
         "PARAMKIT_CPU_CAPABILITY",
         "PARAMKIT_STREAM_BYTES",
+        "PARAMKIT_STAGING_BYTES",
         "TORCH_EXTENSIONS_DIR",
     )
     return {name: os.environ[name] for name in names if os.environ.get(name)}
@@ -184,12 +198,12 @@ def _first_use() -> ModuleType:
         _warned = _warned or warn
         _active = decision.module
     if warn:
-        warnings.warn(decision.warning, RuntimeWarning, stacklevel=_outside())
+        warnings.warn(decision.warning, RuntimeWarning, stacklevel=outside())
     return decision.module
 
 
-def _outside() -> int:
-    """The stack level, seen from _first_use, of the first frame that is not paramkit's."""
+def outside() -> int:
+    """The stack level, seen from the caller, of the first frame that is not paramkit's."""
     level, frame = 1, sys._getframe(1)
     package = f"{Path(__file__).parent.parent}{os.sep}"
     while frame is not None and frame.f_code.co_filename.startswith(package):
@@ -210,23 +224,25 @@ def _environment() -> tuple[str, str]:
             f"PARAMKIT_CPU_CAPABILITY: got {capability!r}, "
             f"expected one of {', '.join(CAPABILITIES)}"
         )
-    stream = os.environ.get("PARAMKIT_STREAM_BYTES") or "0"
-    if not stream.isdecimal():
-        raise BackendError(f"PARAMKIT_STREAM_BYTES: got {stream!r}, expected a number of bytes")
+    for name in ("PARAMKIT_STREAM_BYTES", "PARAMKIT_STAGING_BYTES"):
+        value = os.environ.get(name) or "0"
+        if not value.isdecimal():
+            raise BackendError(f"{name}: got {value!r}, expected a number of bytes")
     return route, capability
 
 
 def _decide(route: str, asked: str) -> Decision:
     """The decision for a route that is known to be one of ROUTES."""
-    if route == "cuda":
-        raise BackendError(f"{asked}: {_NO_CUDA}. Choices: auto, native, cpu")
     if route == "native":
         return Decision(_native(), "native", asked)
     extension = _find()
     if extension.module is not None:
         why = f"{extension.where} ({asked})" if asked else extension.where
-        return Decision(extension.module, "cpu", why, extension)
-    if route == "cpu":
+        if route == "cuda":
+            _need_cuda(asked, extension)
+            return Decision(extension.module, "cuda", why, extension, cuda=True)
+        return Decision(extension.module, "cpu", why, extension, cuda=route == "auto")
+    if route in ("cpu", "cuda"):
         raise BackendError(
             f"{asked}, but {extension.reason}. To get the extension, {_REMEDY}"
             f"{_quote(extension.error)}"
@@ -247,6 +263,26 @@ def _native() -> ModuleType:
     from paramkit.backend import native
 
     return native
+
+
+def _need_cuda(asked: str, extension: Extension) -> None:
+    """Raise unless the kernels can take CUDA tensors in this process."""
+    from paramkit.backend import cuda
+
+    problem = cuda.device_problem() or cuda.open_now(extension.module, extension.binary)
+    if problem:
+        raise BackendError(
+            f"{asked}, but {problem.reason}. {problem.remedy}. Choices here: auto, native, cpu"
+        )
+
+
+def _enable_cuda(module: ModuleType, wanted: bool) -> None:
+    """Tell the extension whether CUDA tensors are its kernels' at all."""
+    global _cuda_enabled
+    enable = getattr(module, "enable_cuda", None)
+    if enable is not None:  # what stands in for the extension in tests has none
+        enable(wanted)
+        _cuda_enabled = wanted
 
 
 def _set_capability(module: Any, capability: str, source: str) -> None:
@@ -325,7 +361,8 @@ def _search() -> Extension:
             else:
                 found = (binary, "the extension built by `paramkit build`")
                 # Built from exactly these sources: better than one from older sources.
-                candidates.insert(0 if stale else len(candidates), found)
+                better = stale or _has_newer_cuda(kept or {}, record or {})
+                candidates.insert(0 if better else len(candidates), found)
 
     for binary, where in candidates:
         try:
@@ -346,6 +383,15 @@ def _search() -> Extension:
         error=next((text for _, text in problems if text), None),
         build_log=_failed_log(),
     )
+
+
+def _has_newer_cuda(kept: dict[str, Any], installed: dict[str, Any]) -> bool:
+    """Whether the cache's build was asked for after the install, and has another CUDA library."""
+    entry = kept.get("cuda") or {}
+    if entry.get("result") != "built" or kept.get("time", "") <= installed.get("time", ""):
+        return False
+    library = sources.PACKAGE_DIR / sources.CUDA_NAME
+    return not library.is_file() or sources.file_digest(library) != entry.get("sha256")
 
 
 def _mismatch(record: dict[str, Any] | None, binary: Path, version: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-FAMILIES = ("copy", "rows", "transpose", "general", "fill", "native")
+FAMILIES = ("copy", "rows", "transpose", "general", "fill", "native", "staged")
 
 
 @dataclass
@@ -14,7 +14,8 @@ class Trace:
     """The writes done inside a :func:`trace` block.
 
     Attributes:
-        routes: how many, by kernel family; "native" is torch's own `copy_` or `fill_`.
+        routes: how many, by kernel family; "native" is torch's own `copy_` or `fill_`, "staged" a copy
+            between host and device through pinned memory.
         casts: how many of them the kernels converted on the way.
     """
 

@@ -22,11 +22,13 @@ ERROR_NAME = "_build_error.txt"
 # suffix cannot be imported by this interpreter.
 PYTHON_TAG = importlib.machinery.EXTENSION_SUFFIXES[0]
 BINARY_NAME = "_C" + PYTHON_TAG
+# The CUDA library, beside the binary. It knows neither torch nor Python, so its name has no tag.
+CUDA_NAME = "_cuda.so"
 
 BUILD_MODES = ("auto", "require", "off")
-# Folders below csrc that are no part of the extension: tests of the C++ core have a main() of
-# their own, and CUDA kernels are a library of their own.
-_SEPARATE = ("cuda", "tests")
+# Folders below csrc that are no part of the extension: tests of the C++ core are programs of
+# their own.
+_SEPARATE = ("tests",)
 _SOURCE_SUFFIXES = (".cpp", ".cc", ".c", ".h", ".hpp", ".inc", ".inl", ".cu", ".cuh")
 
 
@@ -73,6 +75,27 @@ def link_flags() -> list[str]:
     return ["-fopenmp"]
 
 
+def nvcc_flags(environ: os._Environ[str] | dict[str, str] = os.environ) -> list[str]:
+    """Flags for the CUDA library, but for the architectures. ``PARAMKIT_WERROR=1`` is honoured.
+
+    The CUDA runtime is linked in, so that the library needs nothing but the driver. Never
+    ``--use_fast_math``: conversions must give torch's bits. ``-Xptxas -v`` prints what the kernels
+    take, which goes into the record.
+    """
+    flags = ["-std=c++17", "-O3", "-shared", "-cudart", "static", "-Xptxas", "-v"]
+    host = "-fPIC,-Wall,-Wextra,-fvisibility=hidden"
+    if _is_on(environ.get("PARAMKIT_WERROR")):
+        flags += ["--Werror", "all-warnings"]
+        host += ",-Werror"
+    return [*flags, "-Xcompiler", host]
+
+
+def jobs(environ: os._Environ[str] | dict[str, str] = os.environ) -> int:
+    """How many things are compiled at once: ``MAX_JOBS``, else as many as there are cores."""
+    wanted = environ.get("MAX_JOBS") or ""
+    return int(wanted) if wanted.isdecimal() and int(wanted) else os.cpu_count() or 1
+
+
 def build_mode(environ: os._Environ[str] | dict[str, str] = os.environ) -> str:
     """The value of ``PARAMKIT_BUILD``: ``auto`` (default), ``require`` or ``off``.
 
@@ -89,6 +112,22 @@ def build_mode(environ: os._Environ[str] | dict[str, str] = os.environ) -> str:
     return mode
 
 
+def cuda_mode(environ: os._Environ[str] | dict[str, str] = os.environ) -> str:
+    """The value of ``PARAMKIT_CUDA``: ``auto`` (default), ``require`` or ``off``.
+
+    Raises:
+        ValueError: for any other value.
+    """
+    mode = environ.get("PARAMKIT_CUDA") or "auto"
+    if mode not in BUILD_MODES:
+        raise ValueError(
+            f"PARAMKIT_CUDA: got {mode!r}, expected one of {', '.join(BUILD_MODES)} "
+            "(auto: build the CUDA library if there is an nvcc; require: fail without it; "
+            "off: do not build it)"
+        )
+    return mode
+
+
 def source_hash(csrc: Path, torch_version: str) -> str:
     """16 hex digits over everything that a binary depends on.
 
@@ -97,7 +136,7 @@ def source_hash(csrc: Path, torch_version: str) -> str:
     computes does not depend on its environment.
     """
     digest = hashlib.sha256()
-    parts = [*compile_flags({}), *link_flags(), torch_version, PYTHON_TAG]
+    parts = [*compile_flags({}), *link_flags(), *nvcc_flags({}), torch_version, PYTHON_TAG]
     digest.update("\0".join(parts).encode())
     for path in sorted(csrc.rglob("*")):
         if path.suffix in _SOURCE_SUFFIXES and path.is_file():

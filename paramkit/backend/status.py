@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from paramkit.backend import loader
+from paramkit.backend import cuda, loader
 
 
 @dataclass(frozen=True)
@@ -14,8 +14,9 @@ class Status:
     """What runs the writes now. ``str()`` of it is a readable page, ``as_dict()`` plain data.
 
     Attributes:
-        backend: ``cpu`` (compiled), ``native`` (torch's own copy_ and fill_), or ``none`` when
-            the settings in the environment cannot be met: then every call raises ``error``.
+        backend: ``cpu`` (compiled; CUDA tensors too, where ``cuda`` says so), ``cuda`` (the same,
+            with CUDA asked for), ``native`` (torch's own copy_ and fill_), or ``none`` when the
+            settings in the environment cannot be met: then every call raises ``error``.
         why: one sentence.
         capability: the instruction set in use; None unless compiled.
         capabilities: those that this machine can run.
@@ -73,20 +74,19 @@ def status() -> Status:
     """
     import torch
 
-    cuda = "not built: CUDA tensors go through torch's own copy_ and fill_"
-    version, env = str(torch.__version__), loader.settings()
+    version, env, on_cuda = str(torch.__version__), loader.settings(), cuda.describe()
     try:
         decision = loader.decide()
     except loader.BackendError as trouble:
         text = str(trouble)
-        return Status("none", text.splitlines()[0], version, cuda, error=text, env=env)
+        return Status("none", text.splitlines()[0], version, on_cuda, error=text, env=env)
     extension = decision.extension
-    compiled = decision.module if decision.name == "cpu" else None
+    compiled = decision.module if decision.compiled else None
     return Status(
         backend=decision.name,
         why=decision.why,
         torch=version,
-        cuda=cuda,
+        cuda=on_cuda,
         capability=compiled.capability() if compiled else None,
         capabilities=tuple(compiled.capabilities()) if compiled else (),
         binary=str(extension.binary) if extension.binary else None,

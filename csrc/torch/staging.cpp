@@ -1,0 +1,91 @@
+#include "torch/staging.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <atomic>
+#include <cstdlib>
+
+#include "torch/devices.h"
+#include "torch/transfer.h"
+
+namespace paramkit {
+
+namespace {
+
+constexpr int64_t kDefault = int64_t{96} << 20;
+constexpr int64_t kLeastSlot = 4096;
+constexpr int64_t kAlign = 64;
+
+int64_t from_environment() {
+  const char* text = std::getenv("PARAMKIT_STAGING_BYTES");
+  return text != nullptr && *text != '\0' ? std::atoll(text) : kDefault;
+}
+
+std::atomic<int64_t>& wanted() {
+  static std::atomic<int64_t> bytes{from_environment()};
+  return bytes;
+}
+
+}  // namespace
+
+int64_t staging_bytes() { return wanted(); }
+int64_t slot_bytes_wanted() { return std::max(staging_bytes() / Ring::kSlots / kAlign * kAlign, kLeastSlot); }
+void set_staging_bytes(int64_t bytes) { wanted() = bytes < 0 ? from_environment() : bytes; }
+
+void Mark::set(int where) {
+  const at::Device device = devices::device_of(where);
+  if (device.is_cpu()) return;
+  event_.emplace(device.type());
+  event_->record(c10::impl::VirtualGuardImpl(device.type()).getStream(device));
+}
+
+void Mark::wait() {
+  if (event_) event_->synchronize();
+  event_.reset();
+}
+
+Ring& Ring::shared() {
+  static auto* ring = new Ring;  // at exit the driver may be gone before it
+  return *ring;
+}
+
+Ring::Hold::Hold(int64_t least) : lock_(shared().mutex_) {
+  Ring& ring = shared();
+  const int64_t bytes = std::max(slot_bytes_wanted(), least);
+  if (bytes == ring.bytes_) return;
+  for (Slot& slot : ring.slots_) {
+    slot.last_use.wait();
+    slot.memory.reset();
+  }
+  ring.bytes_ = bytes;
+}
+
+int64_t Ring::Hold::slot_bytes() const { return shared().bytes_; }
+
+int Ring::Hold::current() const { return shared().current_; }
+
+char* Ring::Hold::next() {
+  Ring& ring = shared();
+  ring.current_ = (ring.current_ + 1) % kSlots;
+  Slot& slot = ring.slots_[static_cast<size_t>(ring.current_)];
+  slot.last_use.wait();
+  if (!slot.memory.defined()) {
+    const c10::InferenceMode not_inference(false);
+    auto options = at::TensorOptions().dtype(at::kByte);
+    if (!devices::any_emulated) options = options.pinned_memory(true);
+    slot.memory = at::empty({ring.bytes_}, options);
+  }
+  return static_cast<char*>(slot.memory.mutable_data_ptr());
+}
+
+at::Tensor Ring::Hold::tensor(int64_t bytes) const {
+  return shared().slots_[static_cast<size_t>(shared().current_)].memory.narrow(0, 0, bytes);
+}
+
+void Ring::Hold::used_by(int where) { shared().slots_[static_cast<size_t>(shared().current_)].last_use.set(where); }
+
+void Ring::Hold::wait(int slot) { shared().slots_[static_cast<size_t>(slot)].last_use.wait(); }
+
+}  // namespace paramkit

@@ -1,0 +1,70 @@
+// The pinned slots that transfers go through, one ring for the process.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/Event.h>
+
+#include <array>
+#include <mutex>
+#include <optional>
+
+namespace paramkit {
+
+// Something that was put into a device's current stream, to be waited for.
+class Mark {
+ public:
+  // Marks what is in the stream of `where` now.
+  void set(int where);
+  // Waits until all of it has been done; returns at once if nothing was marked.
+  void wait();
+
+ private:
+  std::optional<c10::Event> event_;
+};
+
+class Ring {
+ public:
+  static constexpr int kSlots = 3;
+
+  // The ring, held until this object is gone: one call at a time fills slots. The caller has given up the GIL,
+  // which the one that holds the ring may need.
+  class Hold {
+   public:
+    // Slots are as large as staging_bytes() makes them, but hold at least `least` bytes.
+    explicit Hold(int64_t least);
+    // The next slot, once nothing uses it any more: `slot_bytes()` of pinned memory.
+    char* next();
+    int64_t slot_bytes() const;
+    // The first `bytes` of the slot that next() gave, as a tensor.
+    at::Tensor tensor(int64_t bytes) const;
+    // What is in the stream of `where` now uses the slot that next() gave.
+    void used_by(int where);
+    int current() const;
+    void wait(int slot);
+
+   private:
+    std::unique_lock<std::mutex> lock_;
+  };
+
+ private:
+  friend class Hold;
+  static Ring& shared();
+
+  struct Slot {
+    at::Tensor memory;
+    Mark last_use;
+  };
+  std::mutex mutex_;
+  std::array<Slot, kSlots> slots_;
+  int64_t bytes_ = 0;  // of a slot
+  int current_ = kSlots - 1;
+};
+
+// The bytes of all slots together: PARAMKIT_STAGING_BYTES, or set_staging_bytes() (negative: as at first), or
+// 96 MiB.
+int64_t staging_bytes();
+void set_staging_bytes(int64_t bytes);
+// Of each.
+int64_t slot_bytes_wanted();
+
+}  // namespace paramkit

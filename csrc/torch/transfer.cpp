@@ -1,0 +1,214 @@
+#include "torch/transfer.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <deque>
+
+#include "core/normalize.h"
+#include "torch/devices.h"
+#include "torch/staging.h"
+#include "torch/threads.h"
+
+namespace paramkit {
+
+namespace {
+
+// Where pieces begin in a slot: whatever their elements, and cache lines, are aligned.
+constexpr int64_t kAlign = 64;
+int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+at::Tensor device_memory(int64_t bytes, int where) {
+  return at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(devices::device_of(where)));
+}
+
+}  // namespace
+
+bool Transfer::add(char* dst, const char* src, Type to, Type from, const Dim* loops, int rank) {
+  if (!writes_.add(dst, src, to, from, loops, rank)) return false;
+  if (to == from) to = from = bytes_of_width(width_of(to));
+  Dim dims[kMaxRank];
+  int n = 0;
+  bool empty = false;
+  for (int i = 0; i < rank; ++i) {
+    empty |= loops[i].size == 0;
+    if (loops[i].size != 1) dims[n++] = loops[i];
+  }
+  const auto host = [this](const Dim& d) { return to_device_ ? d.src : d.dst; };
+  // The host's memory in its own order: the device permutes faster.
+  std::stable_sort(dims, dims + n, [&](const Dim& a, const Dim& b) { return host(a) > host(b); });
+  const auto advancing = static_cast<int>(std::count_if(dims, dims + n, [&](const Dim& d) { return host(d) != 0; }));
+  if (!empty) add_piece(dst, src, to, from, dims, n, advancing);
+  ends_.push_back(pieces_.size());
+  return true;
+}
+
+void Transfer::add_piece(char* dst, const char* src, Type to, Type from, Dim* dims, int rank, int advancing) {
+  const Type between = width_of(to) < width_of(from) ? to : from;
+  int64_t bytes = width_of(between);
+  for (int i = 0; i < advancing; ++i) bytes *= dims[i].size;
+  const int64_t most = slot_bytes_wanted();
+  if (bytes > most) {
+    // The outermost loop is cut into as many parts as it takes; what is left of one turn is cut further.
+    const Dim outer = dims[0];
+    const int64_t turn = bytes / outer.size, turns = std::max<int64_t>(most / turn, 1);
+    for (int64_t at = 0; at < outer.size; at += turns) {
+      Dim part[kMaxRank];
+      std::copy(dims, dims + rank, part);
+      part[0].size = std::min(turns, outer.size - at);
+      char* d = dst + at * outer.dst;
+      const char* s = src + at * outer.src;
+      if (part[0].size == 1) {
+        add_piece(d, s, to, from, part + 1, rank - 1, advancing - 1);
+      } else {
+        add_piece(d, s, to, from, part, rank, advancing);
+      }
+    }
+    return;
+  }
+  Piece piece{dst,
+              src,
+              to,
+              from,
+              between,
+              static_cast<uint32_t>(dims_.size()),
+              static_cast<uint8_t>(rank),
+              static_cast<uint8_t>(advancing),
+              bytes};
+  dims_.insert(dims_.end(), dims, dims + rank);
+  pieces_.push_back(piece);
+  largest_ = std::max(largest_, bytes);
+}
+
+// A slot holds a piece densely, in the order of its loops, but for those in which the host's memory repeats.
+void Transfer::to_slot(const Piece& piece, char* slot, Program& program) const {
+  Dim dims[kMaxRank];
+  int64_t step = width_of(piece.between);
+  for (int i = piece.advancing; i-- > 0;) {
+    const Dim& dim = dims_[piece.dims + static_cast<uint32_t>(i)];
+    dims[i] = {dim.size, step, dim.src};
+    step *= dim.size;
+  }
+  program.add(slot, piece.src, piece.between, piece.from, dims, piece.advancing);
+}
+
+void Transfer::from_slot(const Piece& piece, const char* slot, Program& program) const {
+  Dim dims[kMaxRank];
+  int64_t step = width_of(piece.between);
+  for (int i = piece.rank; i-- > 0;) {
+    const Dim& dim = dims_[piece.dims + static_cast<uint32_t>(i)];
+    dims[i] = {dim.size, dim.dst, i < piece.advancing ? step : 0};
+    if (i < piece.advancing) step *= dim.size;
+  }
+  program.add(piece.dst, slot, piece.to, piece.between, dims, piece.rank);
+}
+
+void Transfer::check() const {
+  TORCH_CHECK(!devices::capturing(where_),
+              "a copy between pageable host memory and a CUDA device cannot be captured in a graph: its host memory "
+              "would be read once, not at every replay. Copy before the capture, or from pinned memory with torch");
+}
+
+void Transfer::run(size_t first, size_t last, bool non_blocking) const {
+  const size_t begin = first == 0 ? 0 : ends_[first - 1], end = last == 0 ? 0 : ends_[last - 1];
+  if (begin == end) return;
+  // The slots may be another call's, which may need the GIL to be done with them.
+  const ReleaseGil released(true);
+  const c10::InferenceMode not_inference(false);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const c10::OptionalDeviceGuard on_device =
+      devices::any_emulated ? c10::OptionalDeviceGuard() : c10::OptionalDeviceGuard(devices::device_of(where_));
+  to_device_ ? run_to_device(begin, end, non_blocking) : run_to_host(begin, end);
+}
+
+void Transfer::run_to_device(size_t first, size_t last, bool non_blocking) const {
+  Ring::Hold ring(largest_);
+  Program gather, scatter;
+  while (first < last) {
+    char* const slot = ring.next();
+    int64_t bytes = 0;
+    size_t next = first;
+    for (; next < last && aligned(bytes) + pieces_[next].bytes <= ring.slot_bytes(); ++next) {
+      to_slot(pieces_[next], slot + aligned(bytes), gather);
+      bytes = aligned(bytes) + pieces_[next].bytes;
+    }
+    run_on_host(gather, 0, gather.tasks.size(), true);
+    // The memory is the stream's: the allocator gives the same block again for the next slot.
+    const at::Tensor there = device_memory(bytes, where_);
+    there.copy_(ring.tensor(bytes), /*non_blocking=*/true);
+    ring.used_by(where_);
+    const auto* const arrived = static_cast<const char*>(there.const_data_ptr());
+    int64_t at = 0;
+    for (size_t i = first; i < next; ++i) {
+      from_slot(pieces_[i], arrived + aligned(at), scatter);
+      at = aligned(at) + pieces_[i].bytes;
+    }
+    devices::run(scatter, 0, scatter.tasks.size(), where_, false);
+    devices::count_staged(bytes);
+    gather.clear();
+    scatter.clear();
+    first = next;
+  }
+  if (non_blocking) return;
+  Mark all;
+  all.set(where_);
+  all.wait();
+}
+
+void Transfer::run_to_host(size_t first, size_t last) const {
+  Ring::Hold ring(largest_);
+  Program gather;
+  // What was sent into each slot, and is to be scattered from it. Two at most are under way, while a third
+  // is scattered.
+  struct Sent {
+    int slot;
+    Program scatter;
+  };
+  std::deque<Sent> under_way;
+  const auto scatter_one = [&] {
+    ring.wait(under_way.front().slot);
+    const Program& scatter = under_way.front().scatter;
+    run_on_host(scatter, 0, scatter.tasks.size(), false);
+    under_way.pop_front();
+  };
+  while (first < last) {
+    if (under_way.size() == Ring::kSlots) scatter_one();
+    char* const slot = ring.next();
+    int64_t bytes = 0;
+    size_t next = first;
+    Sent sent{ring.current(), {}};
+    for (; next < last && aligned(bytes) + pieces_[next].bytes <= ring.slot_bytes(); ++next) {
+      from_slot(pieces_[next], slot + aligned(bytes), sent.scatter);
+      bytes = aligned(bytes) + pieces_[next].bytes;
+    }
+    const at::Tensor here = device_memory(bytes, where_);
+    auto* const gathered = static_cast<char*>(here.mutable_data_ptr());
+    int64_t at = 0;
+    for (size_t i = first; i < next; ++i) {
+      to_slot(pieces_[i], gathered + aligned(at), gather);
+      at = aligned(at) + pieces_[i].bytes;
+    }
+    devices::run(gather, 0, gather.tasks.size(), where_, true);
+    ring.tensor(bytes).copy_(here, /*non_blocking=*/true);
+    ring.used_by(where_);
+    devices::count_staged(bytes);
+    under_way.push_back(std::move(sent));
+    gather.clear();
+    first = next;
+  }
+  while (!under_way.empty()) scatter_one();
+}
+
+void Transfer::clear() {
+  pieces_.clear();
+  ends_.clear();
+  dims_.clear();
+  largest_ = 0;
+  writes_.clear();
+}
+
+}  // namespace paramkit

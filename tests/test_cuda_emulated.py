@@ -1,0 +1,292 @@
+"""The CUDA route without a GPU: launches, packets, staging; every other test runs on it too, see conftest.py."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import paramkit
+from paramkit.backend import staging
+from tests import emulation
+from tests.cases import random_bits
+from tests.conftest import emulated, need_extension
+from tests.guards import assert_same_bits, watch
+
+Counts = dict[str, int]
+
+
+@contextmanager
+def on(library: Path, how: str) -> Iterator[ModuleType]:
+    need_extension()
+    with emulated(library, how):
+        yield paramkit.backend.active()
+
+
+def counted(call: Callable[[], object]) -> Counts:
+    """What a call adds to the counts of launches, uploads and staged bytes."""
+    extension = paramkit.backend.active()
+    before = extension.cuda_counts()
+    call()
+    return {name: n - before[name] for name, n in extension.cuda_counts().items()}
+
+
+def mixed(count: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Pairs of every family: contiguous, rows, transposes, casts, fills, in turn."""
+    dsts, srcs = [], []
+    for i in range(count):
+        n = 5 + i % 40
+        src = torch.arange(3.0 * n * n).reshape(3 * n, n)
+        kind = i % 5
+        dsts.append(
+            torch.zeros(n, 3 * n)
+            if kind == 1
+            else torch.zeros(3 * n, n + kind, dtype=torch.bfloat16 if kind == 3 else None)[:, :n]
+        )
+        srcs.append(src.t() if kind == 1 else src[:1, :1] if kind == 4 else src)
+    return dsts, srcs
+
+
+def assert_holds(dsts: list[Tensor], srcs: list[Tensor]) -> None:
+    for dst, src in zip(dsts, srcs, strict=True):
+        assert torch.equal(dst, src.to(dst.dtype).expand(dst.shape))
+
+
+# Launches.
+
+
+@pytest.mark.parametrize("count", [1, 4, 300])
+def test_one_launch_for_a_list(emulator: Path, count: int) -> None:
+    dsts, srcs = mixed(count)
+    with on(emulator, "kernels"):
+        counts = counted(lambda: paramkit.foreach_copy_(dsts, srcs))
+    # The emulated device takes 1 KiB by value.
+    assert counts == {"launches": 1, "uploads": int(count > 4), "staged_bytes": 0}
+    assert_holds(dsts, srcs)
+
+
+def test_a_replay_is_one_launch_and_no_upload(emulator: Path) -> None:
+    dsts, srcs = mixed(300)
+    with on(emulator, "kernels"):
+        plan = paramkit.plan(dsts, srcs)
+        for factor in (1, 2):
+            for src in srcs:
+                src.mul_(factor)
+            counts = counted(plan.apply)
+            assert counts == {"launches": 1, "uploads": 0, "staged_bytes": 0}
+            assert_holds(dsts, srcs)
+        assert plan.verify() == []
+
+
+def test_replayed_fills(emulator: Path) -> None:
+    views = [torch.zeros(4, 4, 3, 3)[:, :, 1:2, 1:2] for _ in range(100)]
+    with on(emulator, "kernels"):
+        plan = paramkit.plan(views, 0.5)
+        assert counted(plan.apply)["launches"] == 1
+        assert counted(lambda: paramkit.foreach_fill_(views, 2.0))["launches"] == 1
+    assert all(bool((view == 2).all()) for view in views)
+
+
+def test_a_model_is_one_launch(emulator: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(30, 50), nn.Conv2d(3, 9, 3), nn.LayerNorm(40), nn.Linear(7, 7)
+        )
+
+    model, other, third = make(), make(), make()
+    with on(emulator, "kernels"):
+        plan = paramkit.plan(model, other)
+        assert counted(plan.apply)["launches"] == 1
+        assert counted(lambda: plan.apply(third))["launches"] == 1  # rebound
+        assert counted(lambda: paramkit.load_state_dict(model, other.state_dict()))["launches"] == 1
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert_same_bits(ours.detach(), theirs.detach())
+
+
+def test_aliases_cost_launches_but_no_order(emulator: Path) -> None:
+    """A chain through one buffer: as the loop, in as many launches as it takes."""
+    whole, want = torch.arange(64.0), torch.arange(64.0)
+    for i in range(0, 56, 8):
+        want[i + 8 : i + 16] = want[i : i + 8]
+    with on(emulator, "kernels"):
+        counts = counted(
+            lambda: paramkit.foreach_copy_(
+                [whole[i + 8 : i + 16] for i in range(0, 56, 8)],
+                [whole[i : i + 8] for i in range(0, 56, 8)],
+            )
+        )
+    assert 1 < counts["launches"] <= 7
+    assert torch.equal(whole, want)
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8, 16])
+def test_tiles_that_may_not_use_whole_cells(emulator: Path, width: int) -> None:
+    """Transposes whose rows begin at every phase of a cell, on either side."""
+    dtype = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}[
+        width
+    ]
+    with on(emulator, "kernels"):
+        for left, right in ((0, 0), (1, 0), (0, 1), (3, 2)):
+            source = random_bits((150, 141 + left), dtype, 1)[:, left:]
+            whole = random_bits((141, 150 + right), dtype, 2)
+            got, seen = whole[:, right:], watch(whole[:, right:])
+            with paramkit.backend.trace() as trace:
+                paramkit.copy_(got, source.t())
+            assert trace.routes == {"transpose": 1}
+            seen.assert_only_inside()
+            assert_same_bits(got, source.t(), what=f"{left}, {right}")
+
+
+TRANSPOSE = """
+import sys, torch, paramkit
+with paramkit.backend.force("cpu") as extension:
+    extension.open_cuda(sys.argv[1], "kernels")
+    source = torch.rand(200, 300)
+    for _ in range(2):
+        assert torch.equal(paramkit.copy_(torch.zeros(300, 200), source.t()), source.t())
+"""
+
+
+def test_a_missing_barrier_is_noticed(emulator: Path, tmp_path: Path) -> None:
+    """The canary: kernels without barriers fail, or crash, where those with them pass."""
+    need_extension()
+    broken = emulation.build(tmp_path, "-DPARAMKIT_SHIM_NO_BARRIER")
+    for library, right in ((emulator, True), (broken, False)):
+        command = [sys.executable, "-c", TRANSPOSE, str(library)]
+        done = subprocess.run(command, capture_output=True, check=False, timeout=100)
+        assert (done.returncode == 0) == right, done.stderr
+
+
+# Transfers.
+
+
+@pytest.mark.parametrize("how", ["to device", "to host"])
+def test_the_narrower_dtype_travels(emulator: Path, how: str) -> None:
+    with on(emulator, how):
+        for dst, src in (
+            (torch.bfloat16, torch.float32),
+            (torch.float32, torch.bfloat16),
+            (torch.float32, torch.float8_e4m3fn),
+        ):
+            source = torch.randint(0, 9, (30, 50)).float().to(src)
+            got = torch.zeros(50, 30).to(dst)
+            counts = counted(lambda got=got, source=source: paramkit.copy_(got, source.t()))
+            assert counts["staged_bytes"] == 1500 * min(got.itemsize, source.itemsize)
+            assert torch.equal(got.float(), source.t().float())
+
+
+@pytest.mark.parametrize("how", ["to device", "to host"])
+def test_small_slots(emulator: Path, how: str) -> None:
+    """Writes that fit into a slot together, one by one, and not at all; of every layout."""
+    rng = random.Random(5)
+    with on(emulator, how), staging(3 * 4096):
+        for size in (3, 40, 33_000):
+            dsts, srcs = mixed(40)
+            dsts.append(torch.zeros(size, 7)[:, 1:6])
+            srcs.append(torch.arange(5.0 * size).reshape(5, size).t())
+            dsts.append(torch.zeros(3, size))
+            srcs.append(torch.tensor([[1.0], [2.0], [3.0]]))
+            dsts.append(torch.zeros(2, 3, size).permute(2, 0, 1))
+            srcs.append(
+                torch.arange(6.0 * size).reshape(size, 2, 3).transpose(1, 2).reshape(size, 2, 3)
+            )
+            order = list(range(len(dsts)))
+            rng.shuffle(order)
+            seen = watch(*dsts)
+            counts = counted(
+                lambda order=order, dsts=dsts, srcs=srcs: paramkit.foreach_copy_(
+                    [dsts[i] for i in order], [srcs[i] for i in order]
+                )
+            )
+            assert counts["staged_bytes"] > 0
+            seen.assert_only_inside()
+            assert_holds(dsts, srcs)
+            plan = paramkit.plan(dsts, srcs)
+            for dst in dsts:
+                dst.zero_()
+            plan.apply()
+            assert_holds(dsts, srcs)
+
+
+def test_a_plan_survives_smaller_slots(emulator: Path) -> None:
+    dst, src = torch.zeros(50_000), torch.rand(50_000)
+    with on(emulator, "to device"):
+        plan = paramkit.plan([dst], [src])
+        with staging(3 * 4096):
+            plan.apply()
+    assert torch.equal(dst, src)
+
+
+@pytest.mark.parametrize("how", ["to device", "to host"])
+def test_destinations_written_twice_keep_their_order(emulator: Path, how: str) -> None:
+    whole, want = torch.zeros(400), torch.zeros(400)
+    rng = random.Random(1)
+    starts = [rng.randrange(300) for _ in range(50)]
+    srcs = [torch.full((100,), float(i + 1)) for i in range(50)]
+    for start, src in zip(starts, srcs, strict=True):
+        want[start : start + 100] = src
+    with on(emulator, how):
+        paramkit.foreach_copy_([whole[s : s + 100] for s in starts], srcs)
+    assert torch.equal(whole, want)
+
+
+@pytest.mark.parametrize("how", ["to device", "to host"])
+@pytest.mark.parametrize("non_blocking", [False, True])
+def test_sources_may_change_after_the_call(emulator: Path, how: str, non_blocking: bool) -> None:
+    src = torch.rand(1000)
+    before, dst = src.clone(), torch.zeros(1000)
+    with on(emulator, how):
+        paramkit.foreach_copy_([dst], [src], non_blocking=non_blocking)
+    src.zero_()
+    assert torch.equal(dst, before)
+
+
+def test_staging_bytes_are_restored(emulator: Path) -> None:
+    with on(emulator, "to device") as extension:
+        usual = extension.staging_bytes()
+        with staging(12_345):
+            assert extension.staging_bytes() == 12_345
+        assert extension.staging_bytes() == usual == 96 << 20
+    with paramkit.backend.force("native"), staging(12_345):
+        paramkit.copy_(torch.zeros(3), torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("total", "error"), [(100, ValueError), (-1, ValueError), (1e9, TypeError), (True, TypeError)]
+)
+def test_staging_of_no_sense(total: object, error: type[Exception]) -> None:
+    with pytest.raises(error, match="staging"), staging(total):  # type: ignore[arg-type]
+        pass
+
+
+# The library.
+
+
+def test_a_file_that_is_no_library(tmp_path: Path) -> None:
+    need_extension()
+    wrong = tmp_path / "wrong.so"
+    wrong.write_text("no library")
+    with paramkit.backend.force("cpu") as extension:
+        with pytest.raises(RuntimeError, match=r"wrong\.so"):
+            extension.open_cuda(str(wrong), "kernels")
+        with pytest.raises(RuntimeError, match=r"missing\.so"):
+            extension.open_cuda(str(tmp_path / "missing.so"), "kernels")
+    assert torch.equal(paramkit.copy_(torch.zeros(3), torch.ones(3)), torch.ones(3))
+
+
+def test_a_library_of_another_interface(tmp_path: Path) -> None:
+    need_extension()
+    other = emulation.build(tmp_path, "-DPARAMKIT_CUDA_INTERFACE=999")
+    with (
+        paramkit.backend.force("cpu") as extension,
+        pytest.raises(RuntimeError, match="interface 999, expected 1: build it again"),
+    ):
+        extension.open_cuda(str(other), "kernels")
