@@ -20,7 +20,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq install
 KEEP_TORCH := -c $(STAMPS)/constraints.txt
 say = @printf '\033[1m==>\033[0m %s\n'
 
-.PHONY: help demo test slow bench lint format build clean distclean force
+.PHONY: help demo test slow bench gpu lint format build clean distclean force
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -46,6 +46,10 @@ slow: $(STAMPS)/test $(STAMPS)/extension ## the exhaustive tests: every 32-bit v
 bench: $(STAMPS)/bench $(STAMPS)/extension ## beside torch, numpy and plain C; ARGS=--quick is short
 	$(say) 'benchmarks'
 	@$(PY) -m benchmarks $(ARGS)
+
+# Uses PYTHON as it is: a machine with a GPU has its own torch, and perhaps no network.
+gpu: ## with a GPU: build, test, sanitize, time; OUT=folder, STAGES=some
+	@PYTHON='$(PYTHON)' ARGS='$(ARGS)' benchmarks/gpu.sh '$(or $(OUT),build/gpu)' $(STAGES)
 
 CXX_FILES = $(shell find csrc benchmarks/plain -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh' | sort)
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import paramkit
 from paramkit import PlanError, Rule
+from paramkit.backend import native
 from tests.guards import (
     Layout,
     assert_same_bits,
@@ -980,7 +981,13 @@ def test_list_of_detached_parameters_that_the_model_replaced(backend: str) -> No
         plan.apply()
 
 
-def test_list_of_views_of_what_the_model_replaced() -> None:
+@pytest.mark.parametrize("first_asked_in_inference_mode", [False, True])
+def test_list_of_views_of_what_the_model_replaced(first_asked_in_inference_mode: bool) -> None:
+    if first_asked_in_inference_mode:
+        native._orphan_counts.cache_clear()
+        with torch.inference_mode():
+            held = torch.zeros(2)
+            paramkit.plan([held], 1.0).apply()
     layers = [nn.Linear(2, 2) for _ in range(2)]
     with torch.no_grad():
         plan = paramkit.plan([layer.weight[:1] for layer in layers], 1.0)

@@ -7,9 +7,16 @@
 #include <algorithm>
 
 #include "core/overlap.h"
+#include "cuda/pack.h"
 #include "torch/threads.h"
 
 namespace paramkit {
+
+void Routes::add(const Elsewhere& writes) {
+  if (!writes.transfers()) return add(writes.writes());
+  staged += static_cast<int64_t>(writes.size());
+  casts += writes.writes().casts;
+}
 
 Routes& routes() {
   static thread_local Routes counts{};
@@ -209,43 +216,19 @@ bool goes_directly(const Batch::Place& place, const devices::Home& to, const at:
 
 }  // namespace
 
-uint32_t Batch::list_of(int dst, int src) {
-  if (dst == devices::kHost && src == devices::kHost) return kCpu;
-  const bool transfers = dst != src, to_device = dst != devices::kHost;
-  const int where = to_device ? dst : src;
-  for (size_t i = 0; i < others_.size(); ++i) {
-    const Other& other = others_[i];
-    if (other.where == where && other.transfer.has_value() == transfers &&
-        (!transfers || other.transfer->to_device() == to_device)) {
-      return static_cast<uint32_t>(kOthers + i);
-    }
-  }
-  others_.push_back({where, transfers ? std::optional<Transfer>(Transfer(where, to_device)) : std::nullopt, {}});
-  return static_cast<uint32_t>(kOthers + others_.size() - 1);
+uint32_t Batch::list_of(int dst_home, int src_home) {
+  if (dst_home == devices::kHost && src_home == devices::kHost) return kCpu;
+  return static_cast<uint32_t>(kOthers + index_of(others_, dst_home, src_home));
 }
 
-// False if the kernels cannot do it: two steps may reach one element, or elements that are not aligned.
+// False if the kernels do not take it, which torch's own copy_ then does.
 bool Batch::add_write(int dst_home, int src_home, char* dst, const char* src, Type to, Type from, const Dim* dims,
                       int rank, bool number) {
   const uint32_t list = list_of(dst_home, src_home);
-  if (list == kCpu) {
-    if (!program_.add(dst, src, to, from, dims, rank)) return false;
-  } else if (other(list).transfer) {
-    // The device's side is aligned or only moved; the host's does not care.
-    const bool kernel_takes = dst_home == devices::kHost ? cuda::takes(nullptr, src, to, from, false)
-                                                         : cuda::takes(dst, nullptr, to, from, false);
-    if (!kernel_takes || !other(list).transfer->add(dst, src, to, from, dims, rank)) return false;
-  } else {
-    Program& program = other(list).program;
-    if (!cuda::takes(dst, number ? nullptr : src, to, from, cuda::one_element(dims, rank)) ||
-        !program.add(dst, src, to, from, dims, rank)) {
-      return false;
-    }
-    // One element, from wherever: a fill, so that its number is taken along.
-    if (number) program.make_number();
-  }
-  step(list);
-  return true;
+  const bool added = list == kCpu ? program_.add(dst, src, to, from, dims, rank)
+                                  : other(list).add(dst, src, to, from, dims, rank, number);
+  if (added) step(list);
+  return added;
 }
 
 void Batch::copy(Place place, const at::Tensor& dst, const at::Tensor& src) {
@@ -366,42 +349,26 @@ void Batch::fill(Place place, const at::Tensor& dst, const at::Tensor& value) {
 bool Batch::runs_python() const { return program_.bytes >= kReleaseGil || !deferred_.empty() || !others_.empty(); }
 
 void Batch::run_list(uint32_t list, size_t first, size_t last, bool non_blocking) {
+  if (list >= kOthers) return other(list).run(first, last, non_blocking);
   if (list == kCpu) return run_tasks(program_, first, last, false);
-  if (list == kNative) {
-    for (size_t i = first; i < last; ++i) deferred_[i].write(non_blocking);
-    return;
-  }
-  const Other& at = other(list);
-  if (at.transfer) return at.transfer->run(first, last, non_blocking);
-  devices::run(at.program, first, last, at.where, false);
+  for (size_t i = first; i < last; ++i) deferred_[i].write(non_blocking);
 }
 
 void Batch::run(bool non_blocking) {
-  for (const Other& other : others_) {
-    if (other.transfer) other.transfer->check();
-  }
+  for (const Elsewhere& other : others_) other.check();
   if (autograd_ != Autograd::Below) {
     bump_versions(bumps_.size(), [this](size_t i) { return bumps_[i]; });
   }
   routes().add(program_);
   routes().native += static_cast<int64_t>(deferred_.size());
-  std::vector<const Program*> programs{&program_};
-  for (const Other& other : others_) {
-    if (other.transfer) {
-      routes().staged += static_cast<int64_t>(other.transfer->size());
-      routes().casts += other.transfer->writes().casts;
-    } else {
-      routes().add(other.program);
-    }
-    programs.push_back(&other.writes());
-  }
-  // Lists that have nothing to do with each other run whole: one launch a device, however they alternate.
-  if (steps_.size() > 1 && deferred_.empty() && !share_memory(programs)) {
-    for (size_t list = 0; list < programs.size(); ++list) {
-      const uint32_t number = list == 0 ? uint32_t{kCpu} : static_cast<uint32_t>(kOthers + list - 1);
-      run_list(number, 0, size_of(number), non_blocking);
-    }
+  for (const Elsewhere& other : others_) routes().add(other);
+  if (steps_.size() <= 1) {
+    if (!steps_.empty()) run_list(steps_[0].list, 0, steps_[0].count, non_blocking);
     return;
+  }
+  if (deferred_.empty() && apart()) {
+    for (const Elsewhere& other : others_) other.run(0, other.size(), non_blocking);
+    return run_tasks(program_, 0, program_.tasks.size(), false);
   }
   std::vector<size_t> done(kOthers + others_.size());
   for (const Step& step : steps_) {
@@ -410,11 +377,11 @@ void Batch::run(bool non_blocking) {
   }
 }
 
-size_t Batch::size_of(uint32_t list) const {
-  if (list == kCpu) return program_.tasks.size();
-  if (list == kNative) return deferred_.size();
-  const Other& other = others_[list - kOthers];
-  return other.transfer ? other.transfer->size() : other.program.tasks.size();
+// Whether no list has to do with another: then each runs whole, one launch a device, however they alternate.
+bool Batch::apart() const {
+  std::vector<const Program*> programs{&program_};
+  for (const Elsewhere& other : others_) programs.push_back(&other.writes());
+  return !share_memory(programs);
 }
 
 void Batch::clear() {

@@ -13,11 +13,10 @@
 #include <vector>
 
 #include "core/task.h"
-#include "cuda/pack.h"
 #include "torch/devices.h"
+#include "torch/elsewhere.h"
 #include "torch/tensors.h"
 #include "torch/threads.h"
-#include "torch/transfer.h"
 
 namespace paramkit {
 
@@ -33,6 +32,7 @@ struct Routes {
     for (int f = 0; f < kFamilies; ++f) families[f] += program.families[f];
     casts += program.casts;
   }
+  void add(const Elsewhere& writes);
 };
 Routes& routes();
 
@@ -100,16 +100,8 @@ class Batch {
     void write(bool non_blocking) const;
   };
 
-  // Where writes are recorded, each list in order: tasks for the CPU, pairs for torch, then the tasks for each
-  // device and the transfers to and from it.
+  // Where writes are recorded, each list in order: tasks for the CPU, pairs for torch, then others_.
   enum : uint32_t { kCpu, kNative, kOthers };
-  struct Other {
-    int where;
-    std::optional<Transfer> transfer;  // or
-    Program program;
-
-    const Program& writes() const { return transfer ? transfer->writes() : program; }
-  };
   // The order of all of them: `count` of one list, then of another.
   struct Step {
     uint32_t list;
@@ -122,9 +114,9 @@ class Batch {
       steps_.push_back({list, count});
     }
   }
-  uint32_t list_of(int dst, int src);
-  Other& other(uint32_t list) { return others_[list - kOthers]; }
-  size_t size_of(uint32_t list) const;
+  uint32_t list_of(int dst_home, int src_home);
+  Elsewhere& other(uint32_t list) { return others_[list - kOthers]; }
+  bool apart() const;
   void run_list(uint32_t list, size_t first, size_t last, bool non_blocking);
   bool add_write(int dst_home, int src_home, char* dst, const char* src, Type to, Type from, const Dim* dims, int rank,
                  bool number);
@@ -153,7 +145,7 @@ class Batch {
   std::vector<Program> parts_;  // of copy_plain, empty between calls
   std::vector<at::TensorImpl*> bumps_;
   std::vector<Deferred> deferred_;
-  std::vector<Other> others_;
+  std::vector<Elsewhere> others_;
   std::vector<Step> steps_;
   std::deque<std::array<char, 16>> elements_;  // of fills; a deque keeps their addresses
 };
@@ -189,7 +181,7 @@ size_t Batch::copy_plain(size_t n, size_t pieces, Dst dst, Src src) {
   const int where = devices::home(*first_dst, true).where;
   if (where == devices::kNowhere || where != devices::home(*first_src, false).where) return 0;
   const uint32_t list = list_of(where, where);
-  Program& all = list == kCpu ? program_ : other(list).program;
+  Program& all = list == kCpu ? program_ : other(list).tasks();
   const size_t bumps = bumps_.size();
   bumps_.resize(bumps + n);
   if (parts_.size() < pieces) parts_.resize(pieces);

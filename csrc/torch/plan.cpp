@@ -144,9 +144,7 @@ void Plan::compile() {
   others_.clear();
   program_.tasks.reserve(writes_.size());
   for (size_t w = 0; w < writes_.size(); ++w) compile(w);
-  for (Other& other : others_) {
-    if (!other.transfer) other.resident.emplace(other.program, other.where);
-  }
+  for (Other& other : others_) other.make_resident();
 }
 
 void Plan::compile(size_t w) {
@@ -157,8 +155,10 @@ void Plan::compile(size_t w) {
   Type to{}, from{};
   const int to_home = devices::home(dst, true).where, from_home = devices::home(src, false).where;
   const bool on_host = to_home == devices::kHost && from_home == devices::kHost;
-  // Writes that have an order keep it among themselves; on a device torch's own copy_ does.
-  if (to_home == devices::kNowhere || from_home == devices::kNowhere || (ordered_ && !on_host) || rank > kMaxRank ||
+  // Between two devices torch's own copy_ knows the way. Writes that have an order keep it here or by torch.
+  const bool reachable = to_home == from_home || to_home == devices::kHost || from_home == devices::kHost;
+  if (to_home == devices::kNowhere || from_home == devices::kNowhere || !reachable || (ordered_ && !on_host) ||
+      rank > kMaxRank ||
       !kernel_types(c10::typeMetaToScalarType(dst.dtype()), c10::typeMetaToScalarType(src.dtype()), to, from)) {
     native_.push_back(static_cast<uint32_t>(w));
     return;
@@ -167,52 +167,15 @@ void Plan::compile(size_t w) {
   Dim dims[kMaxRank];
   for (size_t i = 0; i < rank; ++i)
     dims[i] = {write.sizes[i], write.dst_strides[i] * width, write.src_strides[i] * src_width};
-  if (!on_host) {
-    if (!add_elsewhere(w, to_home, from_home, data(dst) + write.dst_offset * width,
-                       data(src) + write.src_offset * src_width, to, from, dims, static_cast<int>(rank))) {
-      native_.push_back(static_cast<uint32_t>(w));
-    }
-    return;
-  }
-  const size_t before = program_.tasks.size();
-  if (!program_.add(data(dst) + write.dst_offset * width, data(src) + write.src_offset * src_width, to, from, dims,
-                    static_cast<int>(rank))) {
-    native_.push_back(static_cast<uint32_t>(w));
-  }
-  if (program_.tasks.size() > before) task_write_.push_back(static_cast<uint32_t>(w));
-}
-
-// False if the kernels do not take it: between two devices, elements that are not aligned, or one element of
-// the destination twice.
-bool Plan::add_elsewhere(size_t w, int dst_home, int src_home, char* dst, const char* src, Type to, Type from,
-                         const Dim* dims, int rank) {
-  const bool transfers = dst_home != src_home, to_device = dst_home != devices::kHost;
-  if (transfers && to_device && src_home != devices::kHost) return false;
-  const int where = to_device ? dst_home : src_home;
-  const auto same = [&](const Other& o) {
-    return o.where == where && o.transfer.has_value() == transfers &&
-           (!transfers || o.transfer->to_device() == to_device);
-  };
-  auto at = std::find_if(others_.begin(), others_.end(), same);
-  if (at == others_.end()) {
-    others_.push_back({where, {}, {}, {}, {}});
-    at = others_.end() - 1;
-    if (transfers) at->transfer.emplace(where, to_device);
-  }
-  if (transfers) {
-    if (!cuda::takes(to_device ? dst : nullptr, to_device ? nullptr : src, to, from, false) ||
-        !at->transfer->add(dst, src, to, from, dims, rank)) {
-      return false;
-    }
-    at->writes.push_back(static_cast<uint32_t>(w));
-    return true;
-  }
-  const size_t before = at->program.tasks.size();
-  if (!cuda::takes(dst, src, to, from, cuda::one_element(dims, rank)) ||
-      !at->program.add(dst, src, to, from, dims, rank))
-    return false;
-  if (at->program.tasks.size() > before) at->writes.push_back(static_cast<uint32_t>(w));
-  return true;
+  char* const d = data(dst) + write.dst_offset * width;
+  const char* const s = data(src) + write.src_offset * src_width;
+  Other* const other = on_host ? nullptr : &others_[index_of(others_, to_home, from_home)];
+  const auto tasks = [&] { return on_host ? program_.tasks.size() : other->size(); };
+  const size_t before = tasks();
+  const bool added = on_host ? program_.add(d, s, to, from, dims, static_cast<int>(rank))
+                             : other->add(d, s, to, from, dims, static_cast<int>(rank), false);
+  if (!added) native_.push_back(static_cast<uint32_t>(w));
+  if (tasks() > before) (on_host ? task_write_ : other->write_of).push_back(static_cast<uint32_t>(w));
 }
 
 std::vector<std::string> Plan::families() const {
@@ -221,9 +184,9 @@ std::vector<std::string> Plan::families() const {
     names[task_write_[t]] = kFamilyNames[static_cast<int>(program_.tasks[t].family)];
   }
   for (const Other& other : others_) {
-    for (size_t i = 0; i < other.writes.size(); ++i) {
-      names[other.writes[i]] =
-          other.transfer ? "staged" : kFamilyNames[static_cast<int>(other.program.tasks[i].family)];
+    for (size_t t = 0; t < other.size(); ++t) {
+      const auto family = static_cast<int>(other.writes().tasks[t].family);
+      names[other.write_of[t]] = other.transfers() ? "staged" : kFamilyNames[family];
     }
   }
   for (uint32_t w : native_) names[w] = "native";
@@ -412,39 +375,20 @@ bool Plan::run(const py::object& progress) {
     tell_all();
     return true;
   }
-  for (const Other& other : others_) {
-    if (other.transfer) other.transfer->check();
-  }
+  for (const Other& other : others_) other.check();
   bump_versions(dst_snapshots_.size(), [this](size_t i) { return dst_snapshots_[i].impl; });
   routes().add(program_);
-  for (const Other& other : others_) {
-    if (other.transfer) {
-      routes().staged += static_cast<int64_t>(other.transfer->size());
-      routes().casts += other.transfer->writes().casts;
-    } else {
-      routes().add(other.program);
-    }
-  }
+  for (const Other& other : others_) routes().add(other);
   routes().native += static_cast<int64_t>(native_.size());
   if (ordered_ || !progress.is_none()) {
     run_in_pieces(progress);
     return true;
   }
-  run_elsewhere();
+  // All lists in any order: what is written here is read nowhere in this plan.
+  for (const Other& other : others_) other.transfers() ? other.run(0, other.size(), false) : other.run_resident();
   run_tasks(program_, 0, program_.tasks.size(), true);
   for (uint32_t w : native_) copy_native(w);
   return true;
-}
-
-// All at once: what is written here is read nowhere in this plan.
-void Plan::run_elsewhere() const {
-  for (const Other& other : others_) {
-    if (other.transfer) {
-      other.transfer->run(0, other.transfer->size(), false);
-    } else {
-      other.resident->run();
-    }
-  }
 }
 
 int64_t Plan::bytes_of(size_t w) const {
@@ -457,7 +401,7 @@ int64_t Plan::bytes_of(size_t w) const {
 void Plan::run_in_pieces(const py::object& progress) {
   int64_t total = program_.bytes, done = 0, told = 0;
   for (uint32_t w : native_) total += bytes_of(w);
-  for (const Other& other : others_) total += other.transfer ? other.transfer->writes().bytes : other.program.bytes;
+  for (const Other& other : others_) total += other.writes().bytes;
   const auto advance = [&](int64_t bytes) {
     done += bytes;
     if (progress.is_none() || (done - told < kProgressBytes && done != total)) return;
@@ -465,16 +409,15 @@ void Plan::run_in_pieces(const py::object& progress) {
     progress(done, total);
   };
   for (const Other& other : others_) {
-    if (!other.transfer) {
-      other.resident->run();
-      advance(other.program.bytes);
+    if (!other.transfers()) {  // one launch
+      other.run_resident();
+      advance(other.writes().bytes);
       continue;
     }
-    const size_t n = other.transfer->size();
-    for (size_t first = 0, last = 0; first < n; first = last) {
+    for (size_t first = 0, last = 0; first < other.size(); first = last) {
       int64_t bytes = 0;
-      for (last = first; last < n && bytes < kProgressBytes; ++last) bytes += bytes_of(other.writes[last]);
-      other.transfer->run(first, last, last < n);
+      for (last = first; last < other.size() && bytes < kProgressBytes; ++last) bytes += bytes_of(other.write_of[last]);
+      other.run(first, last, last < other.size());
       advance(bytes);
     }
   }
@@ -503,7 +446,7 @@ std::vector<int64_t> Plan::verify() const {
     if (!cpu::equal(program_, program_.tasks[t])) differ.push_back(task_write_[t]);
   }
   std::vector<uint32_t> by_torch = native_;
-  for (const Other& other : others_) by_torch.insert(by_torch.end(), other.writes.begin(), other.writes.end());
+  for (const Other& other : others_) by_torch.insert(by_torch.end(), other.write_of.begin(), other.write_of.end());
   if (!by_torch.empty()) {
     const py::object same_bits = py::module_::import("paramkit.backend.native").attr("same_bits");
     for (uint32_t w : by_torch) {

@@ -5,14 +5,12 @@
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <optional>
 #include <string>
 #include <vector>
 
 #include "core/task.h"
-#include "torch/devices.h"
+#include "torch/elsewhere.h"
 #include "torch/tensors.h"
-#include "torch/transfer.h"
 
 namespace paramkit {
 
@@ -98,13 +96,10 @@ class Plan {
     PyObject* base_object;
   };
 
-  // The writes on a device, or between it and the host.
-  struct Other {
-    int where;
-    std::optional<Transfer> transfer;  // or
-    Program program;
-    std::vector<uint32_t> writes;  // the write of each task, or of each of the transfer's
-    std::optional<devices::Resident> resident;
+  // Which write each task elsewhere is.
+  struct Other : Elsewhere {
+    using Elsewhere::Elsewhere;
+    std::vector<uint32_t> write_of;
   };
 
   class Kinds;
@@ -118,9 +113,6 @@ class Plan {
   bool intact(bool& recorded) const;
   void compile();
   void compile(size_t write);
-  bool add_elsewhere(size_t write, int dst_home, int src_home, char* dst, const char* src, Type to, Type from,
-                     const Dim* dims, int rank);
-  void run_elsewhere() const;
   at::Tensor view(const at::Tensor& tensor, const Write& write, bool dst) const;
   void copy_native(size_t write) const;
   int64_t bytes_of(size_t write) const;

@@ -29,20 +29,20 @@ at::Tensor device_memory(int64_t bytes, int where) {
 }  // namespace
 
 bool Transfer::add(char* dst, const char* src, Type to, Type from, const Dim* loops, int rank) {
+  const size_t before = writes_.tasks.size();
   if (!writes_.add(dst, src, to, from, loops, rank)) return false;
+  if (writes_.tasks.size() == before) return true;  // a size is 0
   if (to == from) to = from = bytes_of_width(width_of(to));
   Dim dims[kMaxRank];
   int n = 0;
-  bool empty = false;
   for (int i = 0; i < rank; ++i) {
-    empty |= loops[i].size == 0;
     if (loops[i].size != 1) dims[n++] = loops[i];
   }
   const auto host = [this](const Dim& d) { return to_device_ ? d.src : d.dst; };
   // The host's memory in its own order: the device permutes faster.
   std::stable_sort(dims, dims + n, [&](const Dim& a, const Dim& b) { return host(a) > host(b); });
   const auto advancing = static_cast<int>(std::count_if(dims, dims + n, [&](const Dim& d) { return host(d) != 0; }));
-  if (!empty) add_piece(dst, src, to, from, dims, n, advancing);
+  add_piece(dst, src, to, from, dims, n, advancing);
   ends_.push_back(pieces_.size());
   return true;
 }

@@ -242,7 +242,8 @@ def _counts(tensors: list[Tensor]) -> list[tuple[int, ...]]:
 @cache
 def _orphan_counts() -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The counts of a tensor that only a list holds, and of such a view, by looking at one of each."""
-    return (_counts([torch.empty(2)])[0], _counts([torch.empty(2)[:1]])[0])
+    with torch.inference_mode(False):  # there a view knows no base, and this is asked once
+        return (_counts([torch.empty(2)])[0], _counts([torch.empty(2)[:1]])[0])
 
 
 def _layout(t: Tensor) -> tuple[Any, ...]:

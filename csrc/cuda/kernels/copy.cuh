@@ -3,13 +3,13 @@
 // bytes, of which neighbouring threads share lines.
 
 PARAMKIT_FN void copy_bytes(char* dst, const char* src, uint32_t n, Group group) {
-  for (uint32_t i = group.rank; i < n; i += group.size) dst[i] = src[i];
+  for (uint32_t i = group.rank; i < n; i += group.size) *place<uint8_t>(dst + i) = *place<uint8_t>(src + i);
 }
 
 // n vectors whose source begins `shift` bytes into an aligned word.
 PARAMKIT_FN void copy_shifted(char* dst, const char* src, uint64_t n, Group group) {
   const auto shift = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(src) & 3);
-  const auto* words = reinterpret_cast<const uint32_t*>(src - shift);
+  const auto* words = place<uint32_t>(src - shift);
   constexpr int kVectors = 2;
   for (uint64_t i = group.rank; i < n; i += kVectors * group.size) {
     uint32_t w[kVectors][5];

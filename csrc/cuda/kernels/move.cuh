@@ -1,32 +1,49 @@
 // Loads, stores and addresses.
 
+// A place in a tensor, which is device memory, or host memory that the device reaches: not shared memory, and
+// not the arguments. Said to the compiler, so that it uses the instructions for that.
+template <class T>
+PARAMKIT_FN T* place(char* p) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(p));
+#endif
+  return reinterpret_cast<T*>(p);
+}
+template <class T>
+PARAMKIT_FN const T* place(const char* p) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(p));
+#endif
+  return reinterpret_cast<const T*>(p);
+}
+
 // N loads of `width` bytes each. All are asked for before any is waited for.
 template <int N>
 PARAMKIT_FN void load(Raw (&r)[N], const char* const (&p)[N], uint32_t width) {
   switch (width) {
     case 16:
 #pragma unroll
-      for (int i = 0; i < N; ++i) r[i] = *reinterpret_cast<const Raw*>(p[i]);
+      for (int i = 0; i < N; ++i) r[i] = *place<Raw>(p[i]);
       return;
     case 8:
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        const Raw8 half = *reinterpret_cast<const Raw8*>(p[i]);
+        const Raw8 half = *place<Raw8>(p[i]);
         r[i].w[0] = half.w[0];
         r[i].w[1] = half.w[1];
       }
       return;
     case 4:
 #pragma unroll
-      for (int i = 0; i < N; ++i) r[i].w[0] = *reinterpret_cast<const uint32_t*>(p[i]);
+      for (int i = 0; i < N; ++i) r[i].w[0] = *place<uint32_t>(p[i]);
       return;
     case 2:
 #pragma unroll
-      for (int i = 0; i < N; ++i) r[i].w[0] = *reinterpret_cast<const uint16_t*>(p[i]);
+      for (int i = 0; i < N; ++i) r[i].w[0] = *place<uint16_t>(p[i]);
       return;
     default:
 #pragma unroll
-      for (int i = 0; i < N; ++i) r[i].w[0] = *reinterpret_cast<const uint8_t*>(p[i]);
+      for (int i = 0; i < N; ++i) r[i].w[0] = *place<uint8_t>(p[i]);
   }
 }
 
@@ -39,11 +56,11 @@ PARAMKIT_FN Raw load_one(const char* p, uint32_t width) {
 
 PARAMKIT_FN void store(char* p, const Raw& r, uint32_t width) {
   switch (width) {
-    case 16: *reinterpret_cast<Raw*>(p) = r; return;
-    case 8: *reinterpret_cast<Raw8*>(p) = {{r.w[0], r.w[1]}}; return;
-    case 4: *reinterpret_cast<uint32_t*>(p) = r.w[0]; return;
-    case 2: *reinterpret_cast<uint16_t*>(p) = static_cast<uint16_t>(r.w[0]); return;
-    default: *reinterpret_cast<uint8_t*>(p) = static_cast<uint8_t>(r.w[0]);
+    case 16: *place<Raw>(p) = r; return;
+    case 8: *place<Raw8>(p) = {{r.w[0], r.w[1]}}; return;
+    case 4: *place<uint32_t>(p) = r.w[0]; return;
+    case 2: *place<uint16_t>(p) = static_cast<uint16_t>(r.w[0]); return;
+    default: *place<uint8_t>(p) = static_cast<uint8_t>(r.w[0]);
   }
 }
 

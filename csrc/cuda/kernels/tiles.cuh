@@ -106,7 +106,7 @@ class TileRun {
 
   // C elements of one source row from element k of the tile on; those beyond its edge are 0.
   PARAMKIT_FN T read_cell(const char* row, uint32_t k) const {
-    if ((job_.aligned & kLoads) != 0 && k + C <= across_) return *reinterpret_cast<const T*>(row + k * W);
+    if ((job_.aligned & kLoads) != 0 && k + C <= across_) return *place<T>(row + k * W);
     Raw r = {};
     for (uint32_t j = 0; j < C && k + j < across_; ++j) {
       const Raw element = load_one(row + (k + j) * W, W);
