@@ -145,6 +145,24 @@ def test_tiles_that_may_not_use_whole_cells(emulator: Path, width: int) -> None:
             assert_same_bits(got, source.t(), what=f"{left}, {right}")
 
 
+TYPES = (torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.int64)
+
+
+@pytest.mark.parametrize("src", TYPES, ids=str)
+@pytest.mark.parametrize("dst", TYPES, ids=str)
+def test_casts_in_tiles_of_every_width(emulator: Path, dst: torch.dtype, src: torch.dtype) -> None:
+    """Transposes with a cast between all widths, whole cells and parts of them."""
+    with on(emulator, "kernels"):
+        for left, right in ((0, 0), (1, 0), (0, 1), (3, 2)):
+            source = (torch.arange(150 * 144) % 9).float().reshape(150, 144).to(src)[:, left:]
+            got = torch.zeros(source.shape[1], 150 + right).to(dst)[:, right:]
+            want = got.clone().copy_(source.t())
+            seen = watch(got)
+            paramkit.copy_(got, source.t())
+            seen.assert_only_inside()
+            assert_same_bits(got, want, what=f"{left}, {right}")
+
+
 TRANSPOSE = """
 import sys, torch, paramkit
 with paramkit.backend.force("cpu") as extension:

@@ -18,12 +18,9 @@ int normalize(Dim* dims, int rank) {
   for (int i = 0; i < rank; ++i) {
     if (dims[i].size == 0) return -1;
     if (dims[i].size == 1) continue;
-    // Insertion sort: ranks are small and views are mostly in order already.
-    const Dim dim = dims[i];
-    int at = n++;
-    for (; at > 0 && goes_before(dim, dims[at - 1]); --at) dims[at] = dims[at - 1];
-    dims[at] = dim;
+    dims[n++] = dims[i];
   }
+  sort_dims(dims, n, goes_before);
   int merged = 0;
   for (int i = 1; i < n; ++i) {
     if (continues(dims[merged], dims[i])) {

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "core/classify.h"
+#include "core/normalize.h"
 
 namespace paramkit::cuda {
 
@@ -133,7 +134,7 @@ class Packer {
     std::copy_n(program.dims.data() + task.dims, task.rank, part.dims);
     if (task.family == Family::Transpose && add_tiles(part)) return;
     // The innermost loop last, whatever order the family wanted.
-    std::stable_sort(part.dims, part.dims + part.rank, [](const Dim& a, const Dim& b) { return a.dst > b.dst; });
+    sort_dims(part.dims, part.rank, [](const Dim& a, const Dim& b) { return a.dst > b.dst; });
     add_parts(part);
   }
 

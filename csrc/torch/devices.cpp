@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <map>
 #include <mutex>
 #include <optional>
 
@@ -40,25 +41,18 @@ struct Known {
   size_t by_value;
 };
 
-const Known& known(int where) {
+Known ask(int where) {
+  const paramkit_device device = library->describe(where);
+  return {{device.multiprocessors, cpu::e4m3fn_saturates}, static_cast<size_t>(device.argument_bytes)};
+}
+
+Known known(int where) {
+  if (any_emulated) return ask(0);
   static std::mutex mutex;
-  static std::vector<std::unique_ptr<Known>> all;
-  static std::unique_ptr<Known> host;
+  static std::map<int, Known> all;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (any_emulated) {
-    const paramkit_device device = library->describe(0);
-    host = std::make_unique<Known>(
-        Known{{device.multiprocessors, cpu::e4m3fn_saturates}, static_cast<size_t>(device.argument_bytes)});
-    return *host;
-  }
-  const auto index = static_cast<size_t>(where);
-  if (all.size() <= index) all.resize(index + 1);
-  if (!all[index]) {
-    const paramkit_device device = library->describe(where);
-    all[index] = std::make_unique<Known>(
-        Known{{device.multiprocessors, cpu::e4m3fn_saturates}, static_cast<size_t>(device.argument_bytes)});
-  }
-  return *all[index];
+  const auto found = all.find(where);
+  return found != all.end() ? found->second : all.emplace(where, ask(where)).first->second;
 }
 
 // Looks for the library once, at the first CUDA tensor. Python knows where it is, and warns if it is not.
@@ -137,7 +131,7 @@ at::Tensor upload(const cuda::Packet& packet, int where, bool blocking) {
 }
 
 void launch_packets(const Program& program, size_t first, size_t last, int where) {
-  const Known& device = known(where);
+  const Known device = known(where);
   void* stream = current_stream(where);
   // A graph would read an uploaded packet anew at every replay: there all packets go by value.
   const bool captured = !any_emulated && library->capturing(stream);

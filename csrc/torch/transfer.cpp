@@ -40,7 +40,7 @@ bool Transfer::add(char* dst, const char* src, Type to, Type from, const Dim* lo
   }
   const auto host = [this](const Dim& d) { return to_device_ ? d.src : d.dst; };
   // The host's memory in its own order: the device permutes faster.
-  std::stable_sort(dims, dims + n, [&](const Dim& a, const Dim& b) { return host(a) > host(b); });
+  sort_dims(dims, n, [&](const Dim& a, const Dim& b) { return host(a) > host(b); });
   const auto advancing = static_cast<int>(std::count_if(dims, dims + n, [&](const Dim& d) { return host(d) != 0; }));
   add_piece(dst, src, to, from, dims, n, advancing);
   ends_.push_back(pieces_.size());

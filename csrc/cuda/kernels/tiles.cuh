@@ -48,8 +48,9 @@ PARAMKIT_FN T cell_of(const Raw& r) {
   if constexpr (sizeof(T) == 4) return r.w[0];
 }
 
-// Without its first `width` bytes (1, 2 or 4; more is a whole cell, and nothing follows).
+// Without its first `width` bytes (1, 2, 4 or 8; behind 16 nothing follows).
 PARAMKIT_FN Raw shifted(const Raw& r, uint32_t width) {
+  if (width == 8) return {{r.w[2], r.w[3], 0, 0}};
   if (width >= 4) return {{r.w[1], r.w[2], r.w[3], 0}};
   return {{r.w[0] >> 8 * width | r.w[1] << (32 - 8 * width), r.w[1] >> 8 * width, 0, 0}};
 }
