@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .backend import checks
@@ -34,6 +35,7 @@ def as_sources(dsts: Sequence[Tensor], srcs: Any) -> list[Any]:
             # it; -0.0 equals 0.0, and True equals 1, hence the repr and the type.
             key = (type(value), repr(value), dst.dtype, dst.device, min(dst.numel(), 2))
             if key not in made:
+                check_no_capture(dst)
                 try:
                     # Beside the destination: then a device fills without asking the host.
                     made[key] = checks.element_of(value, dst).to(
@@ -45,6 +47,15 @@ def as_sources(dsts: Sequence[Tensor], srcs: Any) -> list[Any]:
                     ) from None
             values[i] = made[key]
     return values
+
+
+def check_no_capture(dst: Tensor) -> None:
+    """Raise where a number would have to be sent to a device while a CUDA graph is captured from its stream."""
+    if dst.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "plan: a plan that fills CUDA tensors keeps its numbers on the device, which cannot be done while a "
+            "graph is captured: make the plan before the capture"
+        )
 
 
 def resolve_lists(dsts: Sequence[Tensor], srcs: Any) -> Resolved:

@@ -91,6 +91,7 @@ class Writes:
         self._overlap = overlap
         self._recorded: list[_Recorded] = []
         self._state = "new"
+        self._numbers: dict[Any, Tensor] = {}
         self._plan: Plan | None = None
         self._planned: dict[str, Tensor] | None = None  # where the plan is still to be made
         self._direct = False  # whether the compiled recorder wrote, for tests of the route
@@ -239,13 +240,19 @@ class Writes:
             raise TypeError(
                 f"writes: {text} = {type(value).__name__}: expected a number or a tensor"
             )
-        dtype = self._names[name].dtype
-        try:
-            # torch's own conversion of a number in a slice assignment, and its own error.
-            one = torch.empty((), dtype=dtype)
-            one[...] = value
-        except (RuntimeError, ValueError, NotImplementedError) as error:
-            raise type(error)(f"writes: {text} = {value!r} of {dtype}: {error}") from None
+        dtype, device = self._names[name].dtype, self._names[name].device
+        # Equal numbers share an element; -0.0 equals 0.0, and True equals 1, hence the repr and the type.
+        key = (type(value), repr(value), dtype, device)
+        one = self._numbers.get(key)
+        if one is None:
+            try:
+                # torch's own conversion of a number in a slice assignment, and its own error.
+                one = torch.empty((), dtype=dtype)
+                one[...] = value
+            except (RuntimeError, ValueError, NotImplementedError) as error:
+                raise type(error)(f"writes: {text} = {value!r} of {dtype}: {error}") from None
+            # Beside the destination: then a device fills without asking the host.
+            one = self._numbers[key] = one if device.type in ("cpu", "meta") else one.to(device)
         return _Recorded(name, index, one, None, text)
 
     def _refuse_read(self, name: str, index: Any) -> Any:

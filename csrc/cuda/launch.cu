@@ -98,13 +98,17 @@ PARAMKIT_EXPORT int32_t paramkit_keep(void* stream, void (*release)(void*), void
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   cudaGraph_t graph = nullptr;
   cudaError_t status = capture_of(static_cast<cudaStream_t>(stream), &capture, &graph);
-  if (status != cudaSuccess) return status;
-  if (capture != cudaStreamCaptureStatusActive) return cudaErrorInvalidValue;
+  if (status == cudaSuccess && capture != cudaStreamCaptureStatusActive) status = cudaErrorInvalidValue;
   cudaUserObject_t owner = nullptr;
-  status = cudaUserObjectCreate(&owner, object, release, 1, cudaUserObjectNoDestructorSync);
-  if (status != cudaSuccess) return status;
+  if (status == cudaSuccess) {
+    status = cudaUserObjectCreate(&owner, object, release, 1, cudaUserObjectNoDestructorSync);
+  }
+  if (status != cudaSuccess) {
+    release(object);
+    return status;
+  }
   status = cudaGraphRetainUserObject(graph, owner, 1, cudaGraphUserObjectMove);
-  if (status != cudaSuccess) cudaUserObjectRelease(owner, 1);
+  if (status != cudaSuccess) cudaUserObjectRelease(owner, 1);  // which calls release
   return status;
 }
 

@@ -38,8 +38,8 @@ typedef int32_t paramkit_launch_fn(const paramkit_launch* launch);
 // Whether a graph is being captured from the stream.
 typedef int32_t paramkit_capturing_fn(void* stream, int32_t* result);
 
-// Calls release(object) once the graph that is being captured from the stream is gone, and with it
-// everything instantiated from it; perhaps on a thread that may not call CUDA.
+// Calls release(object) once, when the graph that is being captured from the stream is gone, and with it
+// everything instantiated from it, perhaps on a thread that may not call CUDA; or now, if that fails.
 typedef int32_t paramkit_keep_fn(void* stream, void (*release)(void*), void* object);
 
 typedef const char* paramkit_error_fn(int32_t status);

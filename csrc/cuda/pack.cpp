@@ -265,6 +265,11 @@ class Packer {
   void add_moves(Part& part) {
     const uint64_t bits = address(part.dst) | address(part.src) | part.dst_strides() | part.src_strides();
     const int64_t group = alignment_of(bits | static_cast<uint64_t>(part.run), 16);
+    if (part.run / group * part.turns() > kMostElements) {  // groups may be smaller than elements
+      Part second = part.split();
+      add_parts(part);
+      return add_parts(second);
+    }
     if (group < 16 && part.run >= kLongRow && part.turns() * ceil_div(part.run, kRowPiece) <= kMostElements) {
       return add_rows(part);
     }

@@ -300,6 +300,7 @@ void test_huge() {
     const char* what;
     Type to, from;
     std::vector<Dim> dims;
+    int64_t phase = 0;  // of the destination
   };
   const std::vector<Case> cases = {
       {"copy", Type::UInt8, Type::UInt8, {{n, 1, 1}}},
@@ -310,11 +311,13 @@ void test_huge() {
       {"rows", Type::BFloat16, Type::BFloat16, {{n / 1000, 2002, 2000}, {1000, 2, 2}}},
       {"transpose", Type::Float32, Type::Float32, {{100'000, 4 * 100'000, 4}, {100'000, 4, 4 * 100'000}}},
       {"long transpose", Type::UInt8, Type::UInt8, {{n / 16, 16, 1}, {16, 1, n / 16}}},
+      // 2^28 rows of 16 bytes, of which each byte is a group: 2^32 groups of fewer elements.
+      {"short rows", Type::UInt8, Type::UInt8, {{int64_t{1} << 28, 17, 16}, {16, 1, 1}}, 1},
   };
   for (const Case& each : cases) {
     Program program;
-    CHECK(program.add(dst, src, each.to, each.from, each.dims.data(), static_cast<int>(each.dims.size())), "%s",
-          each.what);
+    CHECK(program.add(dst + each.phase, src, each.to, each.from, each.dims.data(), static_cast<int>(each.dims.size())),
+          "%s", each.what);
     std::vector<Run> runs;
     uint64_t bytes = 0;
     for (const Packet& packet : pack(program, 0, 1, {132, true})) bytes += look_at(packet, runs, 1000);
@@ -322,7 +325,7 @@ void test_huge() {
     // The last element.
     int64_t last = 0;
     for (const Dim& dim : each.dims) last += (dim.size - 1) * dim.dst;
-    const uint64_t end = reinterpret_cast<uint64_t>(dst) + static_cast<uint64_t>(last + width_of(each.to));
+    const uint64_t end = reinterpret_cast<uint64_t>(dst) + static_cast<uint64_t>(each.phase + last + width_of(each.to));
     const auto highest = std::max_element(runs.begin(), runs.end(),
                                           [](const Run& a, const Run& b) { return a.dst + a.bytes < b.dst + b.bytes; });
     CHECK(highest->dst + highest->bytes == end, "%s: ends at %lu, not %lu", each.what, highest->dst + highest->bytes,

@@ -76,8 +76,13 @@ bool ready() {
 void* current_stream(int where) {
   if (any_emulated) return nullptr;
   const py::gil_scoped_acquire gil;
-  static const auto* function = new py::object(py::module_::import("torch._C").attr("_cuda_getCurrentRawStream"));
-  return reinterpret_cast<void*>((*function)(where).cast<uintptr_t>());
+  // No guard of a static variable, for which a thread that has the GIL could wait: the import may give it up.
+  static std::atomic<PyObject*> function{nullptr};
+  if (function == nullptr) {
+    py::object found = py::module_::import("torch._C").attr("_cuda_getCurrentRawStream");
+    function = found.release().ptr();
+  }
+  return reinterpret_cast<void*>(py::handle(function)(where).cast<uintptr_t>());
 }
 
 c10::Stream torch_stream(int where) {
@@ -245,9 +250,7 @@ void Resident::run() const {
   const bool captured = !any_emulated && library->capturing(stream);
   for (const Piece& piece : pieces_) {
     if (captured) {
-      auto kept = std::make_unique<at::Tensor>(piece.memory);
-      library->keep(stream, bury, kept.get());
-      kept.release();  // the graph's now
+      library->keep(stream, bury, new at::Tensor(piece.memory));  // the graph's now
     } else if (stream_id(where_) != stream_) {
       piece.memory.record_stream(torch_stream(where_));
     }

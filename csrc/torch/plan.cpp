@@ -137,14 +137,26 @@ Plan::Plan(std::vector<at::Tensor> dsts, std::vector<at::Tensor> srcs, std::vect
   compile();
 }
 
+// Leaves what was compiled before as it was if it throws: a device may have no memory for it.
 void Plan::compile() {
-  program_.clear();
-  task_write_.clear();
-  native_.clear();
-  others_.clear();
-  program_.tasks.reserve(writes_.size());
-  for (size_t w = 0; w < writes_.size(); ++w) compile(w);
-  for (Other& other : others_) other.make_resident();
+  Program program;
+  std::vector<uint32_t> task_write, native;
+  std::vector<Other> others;
+  const auto exchange = [&] {
+    std::swap(program_, program);
+    std::swap(task_write_, task_write);
+    std::swap(native_, native);
+    std::swap(others_, others);
+  };
+  exchange();
+  try {
+    program_.tasks.reserve(writes_.size());
+    for (size_t w = 0; w < writes_.size(); ++w) compile(w);
+    for (Other& other : others_) other.make_resident();
+  } catch (...) {
+    exchange();
+    throw;
+  }
 }
 
 void Plan::compile(size_t w) {
@@ -320,10 +332,17 @@ bool Plan::rebind(const py::dict& tensors, const py::list& names) {
     if (now.layout() == c10::kStrided && (!has_memory(now) || meets(written_, now))) return true;
     srcs.push_back(tensor);
   }
-  srcs_ = std::move(srcs);
+  std::vector<Snapshot> snapshots = src_snapshots_;
+  srcs_.swap(srcs);
   for (size_t i = 0; i < srcs_.size(); ++i) set_memory(src_snapshots_[i], srcs_[i]);
   if (!others_.empty()) {
-    compile();
+    try {
+      compile();
+    } catch (...) {
+      srcs_.swap(srcs);
+      src_snapshots_.swap(snapshots);
+      throw;
+    }
     return false;
   }
   for (size_t t = 0; t < program_.tasks.size(); ++t) {

@@ -48,7 +48,8 @@ bool Transfer::add(char* dst, const char* src, Type to, Type from, const Dim* lo
 }
 
 void Transfer::add_piece(char* dst, const char* src, Type to, Type from, Dim* dims, int rank, int advancing) {
-  const Type between = width_of(to) < width_of(from) ? to : from;
+  // Where both are as wide the source's side converts, as in torch.
+  const Type between = width_of(to) <= width_of(from) ? to : from;
   int64_t bytes = width_of(between);
   for (int i = 0; i < advancing; ++i) bytes *= dims[i].size;
   const int64_t most = slot_bytes_wanted();
