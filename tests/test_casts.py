@@ -103,6 +103,14 @@ def test_every_32_bit_value(compiled: str, src: torch.dtype) -> None:
             assert_as_torch(paramkit.copy_(torch.empty(block, dtype=dst), source), source)
 
 
+def test_any_byte_but_0_is_true(backend: str) -> None:
+    """A bool made from other bytes, as torch reads it."""
+    source = torch.tensor([0, 1, 2, 255] * 40, dtype=torch.uint8).view(torch.bool)
+    for dst in (torch.float32, torch.bfloat16, torch.int64, torch.int8, torch.float8_e4m3fn):
+        got = paramkit.copy_(torch.empty(160, dtype=dst), source)
+        assert torch.equal(got.float(), torch.tensor([0.0, 1, 1, 1] * 40))
+
+
 PAIRS = (
     (torch.bfloat16, torch.float32),
     (torch.float32, torch.bfloat16),

@@ -35,7 +35,7 @@ struct Group {
   uint32_t rank, size;
 };
 
-// Loads or stores that a thread has under way at once: 16 KiB a block, which with four blocks is more than
+// Loads or stores that a thread has under way at once: 16 KiB a block, which with three blocks is
 // the 48 KiB that a multiprocessor of Hopper wants in flight.
 constexpr int kUnroll = 4;
 

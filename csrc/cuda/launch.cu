@@ -69,16 +69,24 @@ PARAMKIT_EXPORT int32_t paramkit_describe(int32_t device, paramkit_device* resul
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   if (status == cudaSuccess) status = cudaDriverGetVersion(&driver);
-  // Loads the kernels now: a first launch while a graph is captured could not.
+  if (status != cudaSuccess) return status;
+  const bool takes_long = driver >= kLongArguments && major >= 7;
+  // Loads the kernels now: a first launch while a graph is captured could not. What this asks of the driver does no
+  // harm to a capture.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  status = cudaThreadExchangeStreamCaptureMode(&mode);
+  if (status != cudaSuccess) return status;
   cudaFuncAttributes attributes{};
-  for (const void* kernel :
-       {reinterpret_cast<const void*>(&run_packet<kShort>), reinterpret_cast<const void*>(&run_packet<kLong>)}) {
-    if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, kernel);
+  status = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&run_packet<kShort>));
+  if (status == cudaSuccess && takes_long) {
+    status = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&run_packet<kLong>));
   }
+  const cudaError_t restored = cudaThreadExchangeStreamCaptureMode(&mode);
+  if (status == cudaSuccess) status = restored;
   if (status != cudaSuccess) return status;
   result->multiprocessors = multiprocessors;
   result->capability = 10 * major + minor;
-  result->argument_bytes = driver >= kLongArguments && major >= 7 ? kLong : kShort;
+  result->argument_bytes = takes_long ? kLong : kShort;
   return cudaSuccess;
 }
 

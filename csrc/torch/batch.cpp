@@ -155,7 +155,7 @@ void Batch::defer_copy(const at::Tensor& dst, const at::Tensor& src) {
   defer({dst.detach(), src.detach(), {}, false, false, {}});
 }
 
-// Both plain, nothing for autograd to record: straight to torch's CPU kernel, as _foreach_copy_ does.
+// Both plain, nothing for autograd to record: straight to torch's kernel, as _foreach_copy_ does.
 void Batch::defer_cast(const at::Tensor& dst, const at::Tensor& src) {
   defer({dst, src, {}, false, true, {}});
   bumps_.push_back(dst.unsafeGetTensorImpl());
@@ -241,6 +241,11 @@ void Batch::copy(Place place, const at::Tensor& dst, const at::Tensor& src) {
   const devices::Home to_home = devices::home(to, true), from_home = devices::home(from, false);
   if (!reachable(to_home, from_home) || goes_directly(place, to_home, dst, from_home, src)) {
     check_native(place, dst, src);
+    if (to_home.where != devices::kNowhere) {
+      check_version(place, to_home.access);
+      check_memory(place, dst_name, to);
+    }
+    if (from_home.where != devices::kNowhere) check_memory(place, src_name, from);
     return defer_copy(dst, src);
   }
   copy_strided(place, dst, to_home, src, from_home);
@@ -336,23 +341,18 @@ void Batch::fill(Place place, const at::Tensor& dst, const at::Tensor& value) {
       to.where != devices::kNowhere && to.where == from.where && at::has_internal_overlap(dst) != at::MemOverlap::Yes;
   if (plain && !same_memory && value.dim() == 0) return copy(place, dst, value);
   check_native_fill(place, dst, value);
+  if (to.where != devices::kNowhere) check_memory(place, dst_name, *dst.unsafeGetTensorImpl());
+  if (from.where != devices::kNowhere) check_memory(place, value_name, *value.unsafeGetTensorImpl());
   // As torch does: a number of the host's is taken along, where autograd has nothing to record.
-  if (to.where >= 0 && from.where == devices::kHost && !devices::any_emulated && !value.requires_grad()) {
+  if (to.where >= 0 && from.where == devices::kHost && !devices::any_emulated &&
+      !on_autograd(*value.unsafeGetTensorImpl(), at::GradMode::is_enabled())) {
     Number number{value.item()};
     return fill(place, dst, number);
   }
-  if (to.where != devices::kNowhere) check_memory(place, dst_name, *dst.unsafeGetTensorImpl());
-  if (from.where != devices::kNowhere) check_memory(place, value_name, *value.unsafeGetTensorImpl());
   defer({dst, value, {}, true, false, {}});
 }
 
 bool Batch::runs_python() const { return program_.bytes >= kReleaseGil || !deferred_.empty() || !others_.empty(); }
-
-void Batch::run_list(uint32_t list, size_t first, size_t last, bool non_blocking) {
-  if (list >= kOthers) return other(list).run(first, last, non_blocking);
-  if (list == kCpu) return run_tasks(program_, first, last, false);
-  for (size_t i = first; i < last; ++i) deferred_[i].write(non_blocking);
-}
 
 void Batch::run(bool non_blocking) {
   for (const Elsewhere& other : others_) other.check();
@@ -362,26 +362,46 @@ void Batch::run(bool non_blocking) {
   routes().add(program_);
   routes().native += static_cast<int64_t>(deferred_.size());
   for (const Elsewhere& other : others_) routes().add(other);
-  if (steps_.size() <= 1) {
-    if (!steps_.empty()) run_list(steps_[0].list, 0, steps_[0].count, non_blocking);
-    return;
-  }
-  if (deferred_.empty() && apart()) {
-    for (const Elsewhere& other : others_) other.run(0, other.size(), non_blocking);
-    return run_tasks(program_, 0, program_.tasks.size(), false);
-  }
+  if (steps_.size() == 1 && steps_[0].list == kCpu) return run_tasks(program_, 0, program_.tasks.size(), false);
   std::vector<size_t> done(kOthers + others_.size());
-  for (const Step& step : steps_) {
-    run_list(step.list, done[step.list], done[step.list] + step.count, non_blocking);
-    done[step.list] += step.count;
+  // From one pair of torch's to the next.
+  for (size_t first = 0, last = 0; first < steps_.size(); first = last) {
+    for (last = first + 1; last < steps_.size() && steps_[first].list != kNative && steps_[last].list != kNative;) {
+      ++last;
+    }
+    if (last - first == 1 || !apart(first, last, done)) {
+      for (size_t s = first; s < last; ++s) run_list(steps_[s].list, steps_[s].count, done, non_blocking);
+      continue;
+    }
+    // Lists that have nothing to do with each other: one launch a device, however they alternate. The CPU's last,
+    // while the devices are at work.
+    for (uint32_t list = static_cast<uint32_t>(done.size()); list-- > 0;) {
+      size_t count = 0;
+      for (size_t s = first; s < last; ++s) count += steps_[s].list == list ? steps_[s].count : 0;
+      if (count > 0) run_list(list, count, done, non_blocking);
+    }
   }
 }
 
-// Whether no list has to do with another: then each runs whole, one launch a device, however they alternate.
-bool Batch::apart() const {
-  std::vector<const Program*> programs{&program_};
-  for (const Elsewhere& other : others_) programs.push_back(&other.writes());
-  return !share_memory(programs);
+// The next `count` of a list.
+void Batch::run_list(uint32_t list, size_t count, std::vector<size_t>& done, bool non_blocking) {
+  const size_t first = done[list], last = first + count;
+  done[list] = last;
+  if (list >= kOthers) return other(list).run(first, last, non_blocking);
+  if (list == kCpu) return run_tasks(program_, first, last, false);
+  for (size_t i = first; i < last; ++i) deferred_[i].write(non_blocking);
+}
+
+// Whether none of the next steps has to do with another list's.
+bool Batch::apart(size_t first, size_t last, std::vector<size_t> done) const {
+  std::vector<Tasks> all;
+  for (size_t s = first; s < last; ++s) {
+    const Step& step = steps_[s];
+    all.push_back({step.list == kCpu ? &program_ : &others_[step.list - kOthers].writes(), done[step.list],
+                   done[step.list] + step.count});
+    done[step.list] += step.count;
+  }
+  return !share_memory(all);
 }
 
 void Batch::clear() {

@@ -116,8 +116,8 @@ class Batch {
   }
   uint32_t list_of(int dst_home, int src_home);
   Elsewhere& other(uint32_t list) { return others_[list - kOthers]; }
-  bool apart() const;
-  void run_list(uint32_t list, size_t first, size_t last, bool non_blocking);
+  bool apart(size_t first, size_t last, std::vector<size_t> done) const;
+  void run_list(uint32_t list, size_t count, std::vector<size_t>& done, bool non_blocking);
   bool add_write(int dst_home, int src_home, char* dst, const char* src, Type to, Type from, const Dim* dims, int rank,
                  bool number);
 

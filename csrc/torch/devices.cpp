@@ -17,6 +17,7 @@
 #include "core/overlap.h"
 #include "cpu/kernels.h"
 #include "cuda/device.h"
+#include "torch/threads.h"
 
 namespace paramkit::devices {
 
@@ -228,12 +229,14 @@ bool capturing(int where) {
 
 void run(const Program& program, size_t first, size_t last, int where, bool disjoint) {
   if (first == last) return;
+  const ReleaseGil released(!any_emulated);  // a launch may have to wait for the device
   const auto on_device = guard(where);
   clear_graveyard();
   disjoint ? launch_packets(program, first, last, where) : launch_in_order(program, first, last, where);
 }
 
 Resident::Resident(const Program& program, int where) : where_(where), stream_(stream_id(where)) {
+  const ReleaseGil released(!any_emulated);
   const auto on_device = guard(where);
   TORCH_CHECK(!capturing(where),
               "a plan that writes on a CUDA device keeps its descriptors there, which cannot be "
@@ -244,6 +247,7 @@ Resident::Resident(const Program& program, int where) : where_(where), stream_(s
 }
 
 void Resident::run() const {
+  const ReleaseGil released(!any_emulated);
   const auto on_device = guard(where_);
   clear_graveyard();
   void* stream = current_stream(where_);

@@ -12,7 +12,8 @@ bool Elsewhere::add(char* dst, const char* src, Type to, Type from, const Dim* d
   // A number is the host's, and in a transfer one side is: that one need not be aligned.
   const void* kernel_dst = dst_home_ == devices::kHost ? nullptr : dst;
   const void* kernel_src = src_home_ == devices::kHost || number ? nullptr : src;
-  const bool fills = !transfer_ && cuda::one_element(dims, rank);
+  // Part of a transfer may be a fill.
+  const bool fills = transfer_ || cuda::one_element(dims, rank);
   if (!cuda::takes(kernel_dst, kernel_src, to, from, fills)) return false;
   if (transfer_) return transfer_->add(dst, src, to, from, dims, rank);
   const size_t before = program_.tasks.size();

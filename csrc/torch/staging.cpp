@@ -16,7 +16,6 @@ namespace {
 
 constexpr int64_t kDefault = int64_t{96} << 20;
 constexpr int64_t kLeastSlot = 4096;
-constexpr int64_t kAlign = 64;
 
 int64_t from_environment() {
   const char* text = std::getenv("PARAMKIT_STAGING_BYTES");
@@ -31,7 +30,13 @@ std::atomic<int64_t>& wanted() {
 }  // namespace
 
 int64_t staging_bytes() { return wanted(); }
-int64_t slot_bytes_wanted() { return std::max(staging_bytes() / Ring::kSlots / kAlign * kAlign, kLeastSlot); }
+
+// A power of two: torch's allocator of pinned memory rounds up to one.
+int64_t slot_bytes_wanted() {
+  int64_t bytes = kLeastSlot;
+  while (bytes <= staging_bytes() / Ring::kSlots / 2) bytes *= 2;
+  return bytes;
+}
 void set_staging_bytes(int64_t bytes) { wanted() = bytes < 0 ? from_environment() : bytes; }
 
 void Mark::set(int where) {

@@ -1,5 +1,6 @@
 #include "torch/transfer.h"
 
+#include <ATen/Context.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
@@ -48,8 +49,9 @@ bool Transfer::add(char* dst, const char* src, Type to, Type from, const Dim* lo
 }
 
 void Transfer::add_piece(char* dst, const char* src, Type to, Type from, Dim* dims, int rank, int advancing) {
-  // Where both are as wide the source's side converts, as in torch.
-  const Type between = width_of(to) <= width_of(from) ? to : from;
+  // Where both are as wide the host converts, as in torch's own blocking copy.
+  const bool keeps = width_of(to) == width_of(from) ? !to_device_ : width_of(from) < width_of(to);
+  const Type between = keeps ? from : to;
   int64_t bytes = width_of(between);
   for (int i = 0; i < advancing; ++i) bytes *= dims[i].size;
   const int64_t most = slot_bytes_wanted();
@@ -126,8 +128,20 @@ void Transfer::run(size_t first, size_t last, bool non_blocking) const {
   to_device_ ? run_to_device(begin, end, non_blocking) : run_to_host(begin, end);
 }
 
+// Whether what is under way in the stream may still write a source: only pinned memory can be written so.
+bool Transfer::may_be_written(size_t first, size_t last) const {
+  return std::any_of(pieces_.begin() + static_cast<ptrdiff_t>(first), pieces_.begin() + static_cast<ptrdiff_t>(last),
+                     [](const Piece& piece) { return at::globalContext().isPinnedPtr(piece.src); });
+}
+
 void Transfer::run_to_device(size_t first, size_t last, bool non_blocking) const {
   Ring::Hold ring(largest_);
+  // The sources are read now, by the host. A call that blocks waits at its end anyway.
+  if (!non_blocking || may_be_written(first, last)) {
+    Mark before;
+    before.set(where_);
+    before.wait();
+  }
   Program gather, scatter;
   while (first < last) {
     char* const slot = ring.next();
@@ -163,8 +177,7 @@ void Transfer::run_to_device(size_t first, size_t last, bool non_blocking) const
 void Transfer::run_to_host(size_t first, size_t last) const {
   Ring::Hold ring(largest_);
   Program gather;
-  // What was sent into each slot, and is to be scattered from it. Two at most are under way, while a third
-  // is scattered.
+  // What was sent into each slot, and is to be scattered from it.
   struct Sent {
     int slot;
     Program scatter;
@@ -202,14 +215,6 @@ void Transfer::run_to_host(size_t first, size_t last) const {
     first = next;
   }
   while (!under_way.empty()) scatter_one();
-}
-
-void Transfer::clear() {
-  pieces_.clear();
-  ends_.clear();
-  dims_.clear();
-  largest_ = 0;
-  writes_.clear();
 }
 
 }  // namespace paramkit

@@ -38,8 +38,6 @@ class Transfer {
   // what was written on the device is there too; on the host it always is.
   void run(size_t first, size_t last, bool non_blocking) const;
 
-  void clear();
-
  private:
   // A write, or a part of it that fits into a slot: first those loops in which the host's memory advances, in
   // its order, then those in which it repeats.
@@ -55,6 +53,7 @@ class Transfer {
   void add_piece(char* dst, const char* src, Type to, Type from, Dim* dims, int rank, int advancing);
   void to_slot(const Piece& piece, char* slot, Program& program) const;
   void from_slot(const Piece& piece, const char* slot, Program& program) const;
+  bool may_be_written(size_t first, size_t last) const;
   void run_to_device(size_t first, size_t last, bool non_blocking) const;
   void run_to_host(size_t first, size_t last) const;
 

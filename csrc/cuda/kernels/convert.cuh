@@ -109,7 +109,8 @@ PARAMKIT_FN void expand(Type from, const Raw& r, int64_t (&x)[E]) {
     case Type::Int64: PARAMKIT_ELEMENTS(8, x[i] = static_cast<int64_t>(get<8>(r, i)));
     case Type::UInt16: PARAMKIT_ELEMENTS(2, x[i] = static_cast<int64_t>(get<2>(r, i)));
     case Type::UInt32: PARAMKIT_ELEMENTS(4, x[i] = static_cast<int64_t>(get<4>(r, i)));
-    default: PARAMKIT_ELEMENTS(1, x[i] = static_cast<int64_t>(get<1>(r, i)));  // uint8, bool
+    case Type::Bool: PARAMKIT_ELEMENTS(1, x[i] = get<1>(r, i) != 0 ? 1 : 0);  // any byte but 0 is true
+    default: PARAMKIT_ELEMENTS(1, x[i] = static_cast<int64_t>(get<1>(r, i)));
   }
 }
 
