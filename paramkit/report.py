@@ -59,6 +59,8 @@ class Summary:
 class Report:
     """The outcome of one `apply()`: its `summary` and the `seconds` that the writes took.
 
+    On CUDA that is the time until the device had been told: it may still be writing.
+
     >>> import torch, paramkit
     >>> weight = torch.zeros(4)
     >>> report = paramkit.plan([weight], [torch.ones(4)]).apply()

@@ -104,7 +104,7 @@ def compile_library(
         assert csrc is not None
         try:
             entry = _built(csrc, out, temp, log, say, [temp, *others])
-        except CudaError as error:
+        except (CudaError, OSError) as error:  # a full disk too: the extension is there already
             if "require" in (sources.cuda_mode(), os.environ.get("PARAMKIT_BUILD")):
                 raise
             entry = {"result": "failed", "reason": str(error)}

@@ -97,7 +97,7 @@ def open_now(module: Any, binary: Path | None) -> Problem | None:
 
 
 def device_problem() -> Problem | None:
-    """Why torch has no CUDA device here; None if it has one. CUDA is not initialized."""
+    """Why torch has no CUDA device here; None if it has one. As torch.cuda.is_available(), which asks the driver."""
     import torch
 
     if torch.version.cuda is None:

@@ -14,8 +14,9 @@ __all__ = ["staging"]
 def staging(total: int) -> Iterator[None]:
     """Other bytes than usual for the pinned memory of transfers, for the duration of a block.
 
-    The memory is three slots of a third each, pinned at the first transfer that needs them and kept: pinning
-    takes longer than copying. It holds for the whole process, all threads included. Without the extension
+    The memory is three slots, each the largest power of two of which three fit, pinned at the first transfer
+    that needs them and kept: pinning takes longer than copying. torch keeps slots of another size for later
+    uses of pinned memory. It holds for the whole process, all threads included. Without the extension
     it means nothing.
 
     Args:
@@ -28,7 +29,7 @@ def staging(total: int) -> Iterator[None]:
 
     Example:
         >>> from paramkit import backend
-        >>> with backend.staging(256 << 20):
+        >>> with backend.staging(384 << 20):
         ...     pass  # copies from pageable memory to the GPU
     """
     if not isinstance(total, int) or isinstance(total, bool):
