@@ -13,7 +13,8 @@ CSRC = ROOT / "csrc"
 
 def test_packing(tmp_path: Path) -> None:
     program = tmp_path / "pack_test"
-    sources = [CSRC / "tests" / "pack_test.cpp", CSRC / "cuda" / "pack.cpp"]
+    sources = [CSRC / "tests" / "pack_test.cpp"]
+    sources += [CSRC / "cuda" / name for name in ("pack.cpp", "buckets.cpp")]
     sources += sorted((CSRC / "core").glob("*.cpp"))
     flags = ["-std=c++17", "-O1", "-fsanitize=undefined", "-fno-sanitize-recover", f"-I{CSRC}"]
     command = [*compiler(), *flags, *map(str, sources), "-o", str(program)]

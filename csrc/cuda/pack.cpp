@@ -2,11 +2,10 @@
 
 #include <algorithm>
 #include <cstring>
-#include <map>
-#include <tuple>
 
 #include "core/classify.h"
 #include "core/normalize.h"
+#include "cuda/buckets.h"
 
 namespace paramkit::cuda {
 
@@ -14,15 +13,13 @@ namespace {
 
 // Jobs that move fewer bytes are done by a warp each, several in a block.
 constexpr int64_t kSmall = 4096;
-constexpr uint32_t kMostEach = 64;
 
 // Rows from this length on that are not aligned alike are worth a warp each.
 constexpr int64_t kLongRow = 512;
 constexpr int64_t kRowPiece = 8192;
 
-// The kernels count groups, and tiles, in 31 bits; what has more is cut first. Larger launches are cut too.
+// The kernels count groups, and tiles, in 31 bits; what has more is cut first.
 constexpr int64_t kMostElements = int64_t{1} << 30;
-constexpr uint64_t kMostBlocks = (uint64_t{1} << 31) - 1;
 
 // A run of a transpose shorter than this leaves most of a tile empty.
 constexpr int64_t kLeastTile = 8;
@@ -121,7 +118,7 @@ Loop loop_of(int64_t size, int64_t dst, int64_t src) {
 
 class Packer {
  public:
-  Packer(const Machine& machine, int64_t unit, size_t most) : machine_(machine), unit_(unit), most_(most) {}
+  Packer(const Machine& machine, int64_t unit, size_t most) : unit_(unit), buckets_(machine, unit, most) {}
 
   void add(const Program& program, const Task& task) {
     if (task.family == Family::Copy && !task.casts() && !task.number) return add_copy(task.dst, task.src, task.run);
@@ -138,34 +135,16 @@ class Packer {
     add_parts(part);
   }
 
-  std::vector<Packet> take() {
-    flush();
-    return std::move(packets_);
-  }
+  std::vector<Packet> take() { return buckets_.take(); }
 
  private:
-  struct Key {
-    Kind kind;
-    uint32_t stride, blocks;  // blocks 0: several jobs share one
-    bool operator<(const Key& o) const {
-      // Those with many blocks first, so that the small ones fill the gaps at the end.
-      return std::tie(o.blocks, kind, stride) < std::tie(blocks, o.kind, o.stride);
-    }
-    bool operator==(const Key& o) const { return kind == o.kind && stride == o.stride && blocks == o.blocks; }
-  };
-  struct Bucket {
-    std::vector<uint64_t> words;
-    uint32_t count = 0;
-    int64_t bytes = 0;
-  };
-
   uint32_t blocks_for(int64_t bytes) const {
     return bytes <= kSmall ? 0 : static_cast<uint32_t>(ceil_div(bytes, unit_));
   }
 
   void add_copy(char* dst, const char* src, int64_t bytes) {
     const CopyJob job{address(dst), address(src), static_cast<uint64_t>(bytes)};
-    push(Kind::Copy, &job, sizeof(job), nullptr, 0, blocks_for(bytes), bytes);
+    buckets_.push(Kind::Copy, &job, sizeof(job), nullptr, 0, blocks_for(bytes), bytes);
   }
 
   void add_parts(Part& part) {
@@ -191,7 +170,7 @@ class Packer {
     job.rank = static_cast<uint8_t>(n);
     job.to = part.task->to, job.from = part.task->from;
     const int64_t bytes = part.bytes();
-    push(Kind::Flat, &job, sizeof(job), loops, n, blocks_for(bytes), bytes);
+    buckets_.push(Kind::Flat, &job, sizeof(job), loops, n, blocks_for(bytes), bytes);
   }
 
   // Takes single elements off both ends of one contiguous run, so that the groups between are aligned.
@@ -295,7 +274,7 @@ class Packer {
     for (int i = part.rank; i-- > 0;) loops[n++] = loop_of(part.dims[i].size, part.dims[i].dst, part.dims[i].src);
     job.rank = static_cast<uint32_t>(n);
     const int64_t bytes = part.bytes();
-    push(Kind::Rows, &job, sizeof(job), loops, n, blocks_for(bytes), bytes);
+    buckets_.push(Kind::Rows, &job, sizeof(job), loops, n, blocks_for(bytes), bytes);
   }
 
   // False if tiles are not worth it: small, thin, or elements that are not aligned to their width.
@@ -345,94 +324,13 @@ class Packer {
     put(0, outer_loops);
     put(outer_loops, outer_loops + task.across);
     put(outer_loops + task.across, task.rank);
-    push(Kind::Tiles, &job, sizeof(job), loops, n, static_cast<uint32_t>(outer * tiles_across * tiles_along),
-         part.bytes());
+    buckets_.push(Kind::Tiles, &job, sizeof(job), loops, n, static_cast<uint32_t>(outer * tiles_across * tiles_along),
+                  part.bytes());
     return true;
   }
 
-  void push(Kind kind, const void* job, size_t size, const Loop* loops, int n, uint32_t blocks, int64_t bytes) {
-    const size_t all = size + static_cast<size_t>(n) * sizeof(Loop);
-    const Key key{kind, static_cast<uint32_t>(all), blocks};
-    Bucket* bucket = last_ != nullptr && key == last_key_ ? last_ : nullptr;
-    if (bucket == nullptr) {
-      const bool is_new = buckets_.find(key) == buckets_.end();
-      if (size_ + all + (is_new ? sizeof(Section) : 0) > most_ || blocks_ + std::max(blocks, 1U) > kMostBlocks) flush();
-      const auto [at, added] = buckets_.try_emplace(key);
-      if (added) size_ += sizeof(Section);
-      bucket = &at->second;
-      last_key_ = key;
-      last_ = bucket;
-    } else if (size_ + all > most_ || blocks_ + std::max(blocks, 1U) > kMostBlocks) {
-      flush();
-      return push(kind, job, size, loops, n, blocks, bytes);
-    }
-    const size_t before = bucket->words.size();
-    bucket->words.resize(before + all / sizeof(uint64_t));
-    std::memcpy(bucket->words.data() + before, job, size);
-    if (n > 0) std::memcpy(bucket->words.data() + before + size / sizeof(uint64_t), loops, all - size);
-    ++bucket->count;
-    bucket->bytes += bytes;
-    size_ += all;
-    blocks_ += std::max(blocks, 1U);
-  }
-
-  // Jobs that share a block: enough for a warp each, and for a block's worth of bytes.
-  uint32_t each_of(const Bucket& bucket) const {
-    const int64_t mean = std::max<int64_t>(bucket.bytes / bucket.count, 1);
-    const auto wanted = static_cast<uint32_t>(std::clamp<int64_t>(unit_ / mean / kWarps * kWarps, kWarps, kMostEach));
-    const auto spread = static_cast<uint32_t>(machine_.multiprocessors) * 4;
-    // Better many blocks of few jobs than multiprocessors without any.
-    return bucket.count / wanted >= spread ? wanted : kWarps;
-  }
-
-  void flush() {
-    last_ = nullptr;
-    if (buckets_.empty()) return;
-    Packet packet;
-    packet.words.reserve(size_ / sizeof(uint64_t));
-    Header header{static_cast<uint32_t>(buckets_.size()), machine_.e4m3fn_saturates ? 1U : 0U, 0};
-    std::vector<Section> sections;
-    uint64_t jobs = sizeof(Header) + buckets_.size() * sizeof(Section);
-    for (const auto& [key, bucket] : buckets_) {
-      Section section{};
-      section.first = static_cast<uint32_t>(header.blocks);
-      section.jobs = static_cast<uint32_t>(jobs);
-      section.count = bucket.count;
-      section.stride = key.stride;
-      section.kind = key.kind;
-      if (key.blocks == 0) {
-        section.each = each_of(bucket);
-        header.blocks += (bucket.count + section.each - 1) / section.each;
-      } else {
-        section.blocks = key.blocks;
-        header.blocks += uint64_t{bucket.count} * key.blocks;
-      }
-      jobs += bucket.words.size() * sizeof(uint64_t);
-      sections.push_back(section);
-    }
-    packet.words.resize((sizeof(Header) + sections.size() * sizeof(Section)) / sizeof(uint64_t));
-    std::memcpy(packet.words.data(), &header, sizeof(header));
-    std::memcpy(packet.words.data() + sizeof(header) / sizeof(uint64_t), sections.data(),
-                sections.size() * sizeof(Section));
-    for (const auto& [key, bucket] : buckets_) {
-      packet.words.insert(packet.words.end(), bucket.words.begin(), bucket.words.end());
-    }
-    packet.blocks = header.blocks;
-    packets_.push_back(std::move(packet));
-    buckets_.clear();
-    size_ = sizeof(Header);
-    blocks_ = 0;
-  }
-
-  const Machine& machine_;
   int64_t unit_;
-  size_t most_;
-  std::map<Key, Bucket> buckets_;
-  Key last_key_{};
-  Bucket* last_ = nullptr;
-  size_t size_ = sizeof(Header);
-  uint64_t blocks_ = 0;  // at most
-  std::vector<Packet> packets_;
+  Buckets buckets_;
 };
 
 }  // namespace

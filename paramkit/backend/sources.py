@@ -102,14 +102,11 @@ def build_mode(environ: os._Environ[str] | dict[str, str] = os.environ) -> str:
     Raises:
         ValueError: for any other value.
     """
-    mode = environ.get("PARAMKIT_BUILD") or "auto"
-    if mode not in BUILD_MODES:
-        raise ValueError(
-            f"PARAMKIT_BUILD: got {mode!r}, expected one of {', '.join(BUILD_MODES)} "
-            "(auto: install without the extension if it cannot be built; "
-            "require: fail; off: do not build)"
-        )
-    return mode
+    return _mode(
+        environ,
+        "PARAMKIT_BUILD",
+        "auto: install without the extension if it cannot be built; require: fail; off: do not build",
+    )
 
 
 def cuda_mode(environ: os._Environ[str] | dict[str, str] = os.environ) -> str:
@@ -118,12 +115,18 @@ def cuda_mode(environ: os._Environ[str] | dict[str, str] = os.environ) -> str:
     Raises:
         ValueError: for any other value.
     """
-    mode = environ.get("PARAMKIT_CUDA") or "auto"
+    return _mode(
+        environ,
+        "PARAMKIT_CUDA",
+        "auto: build the CUDA library if there is an nvcc; require: fail without it; off: do not build it",
+    )
+
+
+def _mode(environ: os._Environ[str] | dict[str, str], name: str, meanings: str) -> str:
+    mode = environ.get(name) or "auto"
     if mode not in BUILD_MODES:
         raise ValueError(
-            f"PARAMKIT_CUDA: got {mode!r}, expected one of {', '.join(BUILD_MODES)} "
-            "(auto: build the CUDA library if there is an nvcc; require: fail without it; "
-            "off: do not build it)"
+            f"{name}: got {mode!r}, expected one of {', '.join(BUILD_MODES)} ({meanings})"
         )
     return mode
 
