@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from paramkit.backend import staging
 from tests import emulation
 from tests.cases import random_bits
 from tests.conftest import emulated, need_extension
-from tests.guards import assert_same_bits, watch
+from tests.guards import assert_same_bits, nothing_written, watch
 
 Counts = dict[str, int]
 
@@ -325,6 +326,40 @@ def test_destinations_written_twice_keep_their_order(emulator: Path, how: str) -
     with on(emulator, how):
         paramkit.foreach_copy_([whole[s : s + 100] for s in starts], srcs)
     assert torch.equal(whole, want)
+
+
+@pytest.mark.parametrize("how", ["to device", "to host"])
+def test_no_memory_for_the_slots(emulator: Path, how: str) -> None:
+    """Nothing is written, no version counter rises, and the next call works."""
+    dsts = [torch.zeros(5), torch.zeros(7)]
+    with on(emulator, how):
+        with staging(1 << 55), nothing_written(*dsts), pytest.raises(RuntimeError, match="memory"):
+            paramkit.foreach_copy_(dsts, [torch.ones(5), torch.ones(7)])
+        assert [dst._version for dst in dsts] == [0, 0]
+        paramkit.foreach_copy_(dsts, [torch.ones(5), torch.ones(7)])
+    assert all(bool((dst == 1).all()) for dst in dsts)
+
+
+def test_threads_take_turns_at_the_slots(emulator: Path) -> None:
+    failed: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            for turn in range(20):
+                dsts = [torch.zeros(50 + number, 70) for _ in range(20)]
+                srcs = [torch.full((70, 50 + number), float(turn)).t() for _ in range(20)]
+                paramkit.foreach_copy_(dsts, srcs)
+                assert_holds(dsts, srcs)
+        except BaseException as error:  # told below, in the test's own thread
+            failed.append(error)
+
+    with on(emulator, "to device"), staging(3 * 16384):
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert failed == []
 
 
 def test_staging_bytes_are_restored(emulator: Path) -> None:

@@ -71,17 +71,28 @@ int64_t Ring::Hold::slot_bytes() const { return shared().bytes_; }
 
 int Ring::Hold::current() const { return shared().current_; }
 
+at::Tensor& Ring::Hold::memory_of(int slot) {
+  at::Tensor& memory = shared().slots_[static_cast<size_t>(slot)].memory;
+  if (!memory.defined()) {
+    const c10::InferenceMode not_inference(false);
+    auto options = at::TensorOptions().dtype(at::kByte);
+    if (!devices::any_emulated) options = options.pinned_memory(true);
+    memory = at::empty({shared().bytes_}, options);
+  }
+  return memory;
+}
+
+void Ring::Hold::reserve(int64_t bytes) {
+  const auto wanted = std::min<int64_t>(kSlots, (bytes + slot_bytes() - 1) / slot_bytes());
+  for (int i = 1; i <= wanted; ++i) (void)memory_of((current() + i) % kSlots);
+}
+
 char* Ring::Hold::next() {
   Ring& ring = shared();
   ring.current_ = (ring.current_ + 1) % kSlots;
   Slot& slot = ring.slots_[static_cast<size_t>(ring.current_)];
   slot.last_use.wait();
-  if (!slot.memory.defined()) {
-    const c10::InferenceMode not_inference(false);
-    auto options = at::TensorOptions().dtype(at::kByte);
-    if (!devices::any_emulated) options = options.pinned_memory(true);
-    slot.memory = at::empty({ring.bytes_}, options);
-  }
+  (void)memory_of(ring.current_);
   return static_cast<char*>(slot.memory.mutable_data_ptr());
 }
 

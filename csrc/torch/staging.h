@@ -32,6 +32,8 @@ class Ring {
    public:
     // Slots are as large as staging_bytes() makes them, but hold at least `least` bytes.
     explicit Hold(int64_t least);
+    // Pins as many slots as `bytes` need, unless they are: it may fail, and nothing has been written yet.
+    void reserve(int64_t bytes);
     // The next slot, once nothing uses it any more: `slot_bytes()` of pinned memory.
     char* next();
     int64_t slot_bytes() const;
@@ -43,6 +45,8 @@ class Ring {
     void wait(int slot);
 
    private:
+    static at::Tensor& memory_of(int slot);
+
     std::unique_lock<std::mutex> lock_;
   };
 

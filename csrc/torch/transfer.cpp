@@ -114,6 +114,10 @@ void Transfer::check() const {
   TORCH_CHECK(!devices::capturing(where_),
               "a copy between pageable host memory and a CUDA device cannot be captured in a graph: its host memory "
               "would be read once, not at every replay. Copy before the capture, or from pinned memory with torch");
+  int64_t bytes = 0;
+  for (const Piece& piece : pieces_) bytes += aligned(piece.bytes);
+  const ReleaseGil released(true);
+  Ring::Hold(largest_).reserve(bytes);
 }
 
 void Transfer::run(size_t first, size_t last, bool non_blocking) const {
