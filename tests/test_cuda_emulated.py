@@ -331,12 +331,13 @@ def test_destinations_written_twice_keep_their_order(emulator: Path, how: str) -
 @pytest.mark.parametrize("how", ["to device", "to host"])
 def test_no_memory_for_the_slots(emulator: Path, how: str) -> None:
     """Nothing is written, no version counter rises, and the next call works."""
-    dsts = [torch.zeros(5), torch.zeros(7)]
+    dsts = [torch.zeros(5), torch.zeros(400_000)]
     with on(emulator, how):
+        srcs = [torch.ones(5), torch.ones(400_000)]  # too much for torch's own cache
         with staging(1 << 55), nothing_written(*dsts), pytest.raises(RuntimeError, match="memory"):
-            paramkit.foreach_copy_(dsts, [torch.ones(5), torch.ones(7)])
+            paramkit.foreach_copy_(dsts, srcs)
         assert [dst._version for dst in dsts] == [0, 0]
-        paramkit.foreach_copy_(dsts, [torch.ones(5), torch.ones(7)])
+        paramkit.foreach_copy_(dsts, srcs)
     assert all(bool((dst == 1).all()) for dst in dsts)
 
 

@@ -4,6 +4,7 @@
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 
@@ -56,52 +57,54 @@ Ring& Ring::shared() {
   return *ring;
 }
 
-Ring::Hold::Hold(int64_t least) : lock_(shared().mutex_) {
+Ring::Hold::Hold(int64_t least, int64_t total) : total_(total), bytes_(std::max(slot_bytes_wanted(), least)) {
+  if (total <= std::min(kSmall, bytes_)) {
+    own_ = std::make_unique<Slot>();
+    bytes_ = total;
+    return;
+  }
   Ring& ring = shared();
-  const int64_t bytes = std::max(slot_bytes_wanted(), least);
-  if (bytes == ring.bytes_) return;
+  lock_ = std::unique_lock<std::mutex>(ring.mutex_);
+  if (bytes_ == ring.bytes_) return;
   for (Slot& slot : ring.slots_) {
     slot.last_use.wait();
     slot.memory.reset();
   }
-  ring.bytes_ = bytes;
+  ring.bytes_ = bytes_;
 }
 
-int64_t Ring::Hold::slot_bytes() const { return shared().bytes_; }
+Ring::Slot& Ring::Hold::slot(int index) const { return own_ ? *own_ : shared().slots_[static_cast<size_t>(index)]; }
 
-int Ring::Hold::current() const { return shared().current_; }
-
-at::Tensor& Ring::Hold::memory_of(int slot) {
-  at::Tensor& memory = shared().slots_[static_cast<size_t>(slot)].memory;
+at::Tensor& Ring::Hold::memory_of(int index) const {
+  at::Tensor& memory = slot(index).memory;
   if (!memory.defined()) {
     const c10::InferenceMode not_inference(false);
     auto options = at::TensorOptions().dtype(at::kByte);
     if (!devices::any_emulated) options = options.pinned_memory(true);
-    memory = at::empty({shared().bytes_}, options);
+    memory = at::empty({bytes_}, options);
   }
   return memory;
 }
 
-void Ring::Hold::reserve(int64_t bytes) {
-  const auto wanted = std::min<int64_t>(kSlots, (bytes + slot_bytes() - 1) / slot_bytes());
-  for (int i = 1; i <= wanted; ++i) (void)memory_of((current() + i) % kSlots);
+void Ring::Hold::reserve() {
+  const auto wanted = std::min<int64_t>(kSlots, (total_ + bytes_ - 1) / bytes_);
+  for (int i = 1; i <= wanted && !own_; ++i) (void)memory_of((current() + i) % kSlots);
 }
+
+int64_t Ring::Hold::slot_bytes() const { return bytes_; }
+
+int Ring::Hold::current() const { return own_ ? 0 : shared().current_; }
 
 char* Ring::Hold::next() {
-  Ring& ring = shared();
-  ring.current_ = (ring.current_ + 1) % kSlots;
-  Slot& slot = ring.slots_[static_cast<size_t>(ring.current_)];
-  slot.last_use.wait();
-  (void)memory_of(ring.current_);
-  return static_cast<char*>(slot.memory.mutable_data_ptr());
+  if (!own_) shared().current_ = (current() + 1) % kSlots;
+  wait(current());
+  return static_cast<char*>(memory_of(current()).mutable_data_ptr());
 }
 
-at::Tensor Ring::Hold::tensor(int64_t bytes) const {
-  return shared().slots_[static_cast<size_t>(shared().current_)].memory.narrow(0, 0, bytes);
-}
+at::Tensor Ring::Hold::tensor(int64_t bytes) const { return memory_of(current()).narrow(0, 0, bytes); }
 
-void Ring::Hold::used_by(int where) { shared().slots_[static_cast<size_t>(shared().current_)].last_use.set(where); }
+void Ring::Hold::used_by(int where) { slot(current()).last_use.set(where); }
 
-void Ring::Hold::wait(int slot) { shared().slots_[static_cast<size_t>(slot)].last_use.wait(); }
+void Ring::Hold::wait(int index) { slot(index).last_use.wait(); }
 
 }  // namespace paramkit

@@ -5,6 +5,7 @@
 #include <c10/core/Event.h>
 
 #include <array>
+#include <memory>
 #include <mutex>
 #include <optional>
 
@@ -23,17 +24,25 @@ class Mark {
 };
 
 class Ring {
+  struct Slot {
+    at::Tensor memory;
+    Mark last_use;
+  };
+
  public:
   static constexpr int kSlots = 3;
+  static constexpr int64_t kSmall = 1 << 20;
 
   // The ring, held until this object is gone: one call at a time fills slots. The caller has given up the GIL,
   // which the one that holds the ring may need.
   class Hold {
    public:
-    // Slots are as large as staging_bytes() makes them, but hold at least `least` bytes.
-    explicit Hold(int64_t least);
-    // Pins as many slots as `bytes` need, unless they are: it may fail, and nothing has been written yet.
-    void reserve(int64_t bytes);
+    // For `total` bytes: slots are as large as staging_bytes() makes them, but hold at least `least` bytes. Up to
+    // kSmall there is one slot, from torch's own cache of pinned memory, and the ring is left alone: a few biases
+    // need not pin tens of MiB, nor wait for anybody.
+    Hold(int64_t least, int64_t total);
+    // Pins as many slots as the bytes need, unless they are: it may fail, and nothing has been written yet.
+    void reserve();
     // The next slot, once nothing uses it any more: `slot_bytes()` of pinned memory.
     char* next();
     int64_t slot_bytes() const;
@@ -45,8 +54,11 @@ class Ring {
     void wait(int slot);
 
    private:
-    static at::Tensor& memory_of(int slot);
+    Slot& slot(int index) const;
+    at::Tensor& memory_of(int index) const;
 
+    int64_t total_, bytes_;      // in all, and of a slot
+    std::unique_ptr<Slot> own_;  // the only one, of a small transfer
     std::unique_lock<std::mutex> lock_;
   };
 
@@ -54,10 +66,6 @@ class Ring {
   friend class Hold;
   static Ring& shared();
 
-  struct Slot {
-    at::Tensor memory;
-    Mark last_use;
-  };
   std::mutex mutex_;
   std::array<Slot, kSlots> slots_;
   int64_t bytes_ = 0;  // of a slot

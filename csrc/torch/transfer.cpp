@@ -114,10 +114,15 @@ void Transfer::check() const {
   TORCH_CHECK(!devices::capturing(where_),
               "a copy between pageable host memory and a CUDA device cannot be captured in a graph: its host memory "
               "would be read once, not at every replay. Copy before the capture, or from pinned memory with torch");
-  int64_t bytes = 0;
-  for (const Piece& piece : pieces_) bytes += aligned(piece.bytes);
   const ReleaseGil released(true);
-  Ring::Hold(largest_).reserve(bytes);
+  Ring::Hold(largest_, bytes_of(0, pieces_.size())).reserve();
+}
+
+// In slots.
+int64_t Transfer::bytes_of(size_t first, size_t last) const {
+  int64_t bytes = 0;
+  for (size_t i = first; i < last; ++i) bytes = aligned(bytes) + pieces_[i].bytes;
+  return bytes;
 }
 
 void Transfer::run(size_t first, size_t last, bool non_blocking) const {
@@ -139,7 +144,7 @@ bool Transfer::may_be_written(size_t first, size_t last) const {
 }
 
 void Transfer::run_to_device(size_t first, size_t last, bool non_blocking) const {
-  Ring::Hold ring(largest_);
+  Ring::Hold ring(largest_, bytes_of(first, last));
   // The sources are read now, by the host. A call that blocks waits at its end anyway.
   if (!non_blocking || may_be_written(first, last)) {
     Mark before;
@@ -179,7 +184,7 @@ void Transfer::run_to_device(size_t first, size_t last, bool non_blocking) const
 }
 
 void Transfer::run_to_host(size_t first, size_t last) const {
-  Ring::Hold ring(largest_);
+  Ring::Hold ring(largest_, bytes_of(first, last));
   Program gather;
   // What was sent into each slot, and is to be scattered from it.
   struct Sent {

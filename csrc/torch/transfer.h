@@ -53,6 +53,7 @@ class Transfer {
   void add_piece(char* dst, const char* src, Type to, Type from, Dim* dims, int rank, int advancing);
   void to_slot(const Piece& piece, char* slot, Program& program) const;
   void from_slot(const Piece& piece, const char* slot, Program& program) const;
+  int64_t bytes_of(size_t first, size_t last) const;
   bool may_be_written(size_t first, size_t last) const;
   void run_to_device(size_t first, size_t last, bool non_blocking) const;
   void run_to_host(size_t first, size_t last) const;
