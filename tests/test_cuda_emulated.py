@@ -328,6 +328,18 @@ def test_destinations_written_twice_keep_their_order(emulator: Path, how: str) -
     assert torch.equal(whole, want)
 
 
+@pytest.mark.parametrize("how", ["kernels", "to device", "to host"])
+def test_a_list_of_which_nothing_is_taken(emulator: Path, how: str) -> None:
+    """A destination that may hold an element twice is torch's own."""
+    got, want = torch.zeros(10), torch.zeros(10)
+    source = torch.arange(12.0).reshape(3, 4)
+    want.as_strided((3, 4), (2, 1)).copy_(source)
+    with on(emulator, how), paramkit.backend.trace() as trace:
+        paramkit.foreach_copy_([got.as_strided((3, 4), (2, 1))], [source])
+    assert trace.routes == {"native": 1}
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("how", ["to device", "to host"])
 def test_no_memory_for_the_slots(emulator: Path, how: str) -> None:
     """Nothing is written, no version counter rises, and the next call works."""

@@ -87,8 +87,9 @@ at::Tensor& Ring::Hold::memory_of(int index) const {
 }
 
 void Ring::Hold::reserve() {
+  if (own_) return;
   const auto wanted = std::min<int64_t>(kSlots, (total_ + bytes_ - 1) / bytes_);
-  for (int i = 1; i <= wanted && !own_; ++i) (void)memory_of((current() + i) % kSlots);
+  for (int i = 1; i <= wanted; ++i) (void)memory_of((current() + i) % kSlots);
 }
 
 int64_t Ring::Hold::slot_bytes() const { return bytes_; }

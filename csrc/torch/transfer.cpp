@@ -111,6 +111,7 @@ void Transfer::from_slot(const Piece& piece, const char* slot, Program& program)
 }
 
 void Transfer::check() const {
+  if (pieces_.empty()) return;  // nothing was taken
   TORCH_CHECK(!devices::capturing(where_),
               "a copy between pageable host memory and a CUDA device cannot be captured in a graph: its host memory "
               "would be read once, not at every replay. Copy before the capture, or from pinned memory with torch");
