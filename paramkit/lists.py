@@ -15,7 +15,7 @@ from .destinations import Destination, layout_finding
 from .errors import Finding, PlanError
 from .resolve import Resolved, Write
 
-__all__ = ["NUMBERS", "as_sources", "resolve_lists"]
+__all__ = ["NUMBERS", "as_sources", "beside", "resolve_lists"]
 
 # What torch takes as a number; numpy registers its scalars as numbers, except its bool.
 NUMBERS = (numbers.Number, np.bool_)
@@ -35,27 +35,29 @@ def as_sources(dsts: Sequence[Tensor], srcs: Any) -> list[Any]:
             # it; -0.0 equals 0.0, and True equals 1, hence the repr and the type.
             key = (type(value), repr(value), dst.dtype, dst.device, min(dst.numel(), 2))
             if key not in made:
-                check_no_capture(dst)
                 try:
-                    # Beside the destination: then a device fills without asking the host.
-                    made[key] = checks.element_of(value, dst).to(
-                        "cpu" if dst.is_meta else dst.device
-                    )
+                    one = checks.element_of(value, dst)
                 except (RuntimeError, NotImplementedError, OverflowError) as error:
                     raise type(error)(
                         f"plan: srcs[{i}] = {value} into dsts[{i}] of {dst.dtype}: {error}"
                     ) from None
+                made[key] = beside(one, dst)
             values[i] = made[key]
     return values
 
 
-def check_no_capture(dst: Tensor) -> None:
-    """Raise where a number would have to be sent to a device while a CUDA graph is captured from its stream."""
+def beside(one: Tensor, dst: Tensor) -> Tensor:
+    """A number's element on the device of its destination, which then fills without asking the host.
+
+    Raises:
+        RuntimeError: while a CUDA graph is captured from the device's stream.
+    """
     if dst.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "plan: a plan that fills CUDA tensors keeps its numbers on the device, which cannot be done while a "
             "graph is captured: make the plan before the capture"
         )
+    return one if dst.is_meta else one.to(dst.device)
 
 
 def resolve_lists(dsts: Sequence[Tensor], srcs: Any) -> Resolved:

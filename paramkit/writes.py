@@ -22,7 +22,7 @@ from . import backend
 from .backend import checks
 from .destinations import Destination, destinations_of, layout_finding, named_destinations
 from .errors import Finding, PlanError, UnknownNameError, suggest
-from .lists import NUMBERS, check_no_capture
+from .lists import NUMBERS, beside
 from .plan import Plan
 from .resolve import Resolved, Write
 
@@ -251,9 +251,7 @@ class Writes:
                 one[...] = value
             except (RuntimeError, ValueError, NotImplementedError) as error:
                 raise type(error)(f"writes: {text} = {value!r} of {dtype}: {error}") from None
-            check_no_capture(self._names[name])
-            # Beside the destination: then a device fills without asking the host.
-            one = self._numbers[key] = one if device.type in ("cpu", "meta") else one.to(device)
+            one = self._numbers[key] = beside(one, self._names[name])
         return _Recorded(name, index, one, None, text)
 
     def _refuse_read(self, name: str, index: Any) -> Any:

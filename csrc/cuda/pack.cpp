@@ -11,6 +11,8 @@ namespace paramkit::cuda {
 
 namespace {
 
+// What is chosen here is chosen by counting bytes and warps; no GPU has measured it yet.
+
 // Jobs that move fewer bytes are done by a warp each, several in a block.
 constexpr int64_t kSmall = 4096;
 
@@ -344,7 +346,7 @@ Divisor divisor_of(uint32_t size) {
 
 int64_t block_bytes(int64_t total, const Machine& machine) {
   // At least 32 blocks for each multiprocessor, as long as a block gets a warp's worth of work for each warp:
-  // then the last ones that run cost little. Above 32 KiB a block gains nothing.
+  // then the last ones that run cost little. Above 32 KiB a block has nothing more to gain by it.
   const int64_t even = total / (int64_t{machine.multiprocessors} * 32);
   return std::clamp<int64_t>((even + 1023) / 1024 * 1024, 4 << 10, 32 << 10);
 }

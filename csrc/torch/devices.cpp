@@ -3,7 +3,6 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
-#include <c10/core/DeviceGuard.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/utils/pybind.h>
@@ -12,7 +11,6 @@
 #include <atomic>
 #include <map>
 #include <mutex>
-#include <optional>
 
 #include "core/overlap.h"
 #include "cpu/kernels.h"
@@ -92,10 +90,6 @@ c10::Stream torch_stream(int where) {
 
 int64_t stream_id(int where) { return any_emulated ? 0 : torch_stream(where).id(); }
 
-c10::OptionalDeviceGuard guard(int where) {
-  return any_emulated ? c10::OptionalDeviceGuard() : c10::OptionalDeviceGuard(device_of(where));
-}
-
 // What graphs that are gone kept alive. The call that tells us may not free device memory itself.
 std::mutex& graveyard_mutex() {
   static std::mutex mutex;
@@ -119,18 +113,16 @@ void clear_graveyard() {
 
 // A packet in device memory, which belongs to the current stream.
 at::Tensor upload(const cuda::Packet& packet, int where, bool blocking) {
-  const c10::InferenceMode not_inference(false);
   const at::AutoDispatchBelowADInplaceOrView below;
   const auto bytes = static_cast<int64_t>(packet.size());
-  const at::Tensor on_device = at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device_of(where)));
-  const at::Tensor here =
-      at::from_blob(const_cast<char*>(packet.data()), {bytes}, at::TensorOptions().dtype(at::kByte));
-  if (blocking || any_emulated) {
-    on_device.copy_(here);
+  const at::Tensor on_device = device_memory(bytes, where);
+  if (blocking) {
+    const c10::InferenceMode not_inference(false);
+    on_device.copy_(at::from_blob(const_cast<char*>(packet.data()), {bytes}, at::TensorOptions().dtype(at::kByte)));
     return on_device;
   }
   // torch's allocator of pinned memory keeps the block until the stream has read it.
-  const at::Tensor pinned = at::empty({bytes}, at::TensorOptions().dtype(at::kByte).pinned_memory(true));
+  const at::Tensor pinned = pinned_memory(bytes);
   std::memcpy(pinned.mutable_data_ptr(), packet.data(), packet.size());
   on_device.copy_(pinned, /*non_blocking=*/true);
   return on_device;
@@ -219,6 +211,20 @@ Home home(const at::TensorImpl& impl, bool written) {
 
 at::Device device_of(int where) {
   return any_emulated || where < 0 ? at::Device(at::kCPU) : at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(where));
+}
+
+c10::OptionalDeviceGuard guard(int where) {
+  return any_emulated ? c10::OptionalDeviceGuard() : c10::OptionalDeviceGuard(device_of(where));
+}
+
+at::Tensor device_memory(int64_t bytes, int where) {
+  const c10::InferenceMode not_inference(false);
+  return at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device_of(where)));
+}
+
+at::Tensor pinned_memory(int64_t bytes) {
+  const c10::InferenceMode not_inference(false);
+  return at::empty({bytes}, at::TensorOptions().dtype(at::kByte).pinned_memory(!any_emulated));
 }
 
 bool capturing(int where) {

@@ -4,9 +4,9 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <cstdint>
-#include <memory>
 #include <string>
 #include <vector>
 
@@ -56,6 +56,14 @@ inline Access access_at(const at::TensorImpl& impl, int where) {
 
 // The device with that index, as torch names it.
 at::Device device_of(int where);
+
+// Makes it the current one.
+c10::OptionalDeviceGuard guard(int where);
+
+// Bytes on a device, which belong to the current stream, and pinned bytes on the host: from torch's allocators,
+// for ordinary use whatever mode the caller is in.
+at::Tensor device_memory(int64_t bytes, int where);
+at::Tensor pinned_memory(int64_t bytes);
 
 // Whether a graph is being captured from the current stream of a device.
 bool capturing(int where);

@@ -1,7 +1,5 @@
 #include "torch/staging.h"
 
-#include <ATen/ops/empty.h>
-#include <c10/core/InferenceMode.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
@@ -38,6 +36,7 @@ int64_t slot_bytes_wanted() {
   while (bytes <= staging_bytes() / Ring::kSlots / 2) bytes *= 2;
   return bytes;
 }
+
 void set_staging_bytes(int64_t bytes) { wanted() = bytes < 0 ? from_environment() : bytes; }
 
 void Mark::set(int where) {
@@ -77,12 +76,7 @@ Ring::Slot& Ring::Hold::slot(int index) const { return own_ ? *own_ : shared().s
 
 at::Tensor& Ring::Hold::memory_of(int index) const {
   at::Tensor& memory = slot(index).memory;
-  if (!memory.defined()) {
-    const c10::InferenceMode not_inference(false);
-    auto options = at::TensorOptions().dtype(at::kByte);
-    if (!devices::any_emulated) options = options.pinned_memory(true);
-    memory = at::empty({bytes_}, options);
-  }
+  if (!memory.defined()) memory = devices::pinned_memory(bytes_);
   return memory;
 }
 

@@ -2,8 +2,6 @@
 
 #include <ATen/Context.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/empty.h>
-#include <c10/core/DeviceGuard.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/util/Exception.h>
 
@@ -22,10 +20,6 @@ namespace {
 // Where pieces begin in a slot: whatever their elements, and cache lines, are aligned.
 constexpr int64_t kAlign = 64;
 int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
-
-at::Tensor device_memory(int64_t bytes, int where) {
-  return at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(devices::device_of(where)));
-}
 
 }  // namespace
 
@@ -133,8 +127,7 @@ void Transfer::run(size_t first, size_t last, bool non_blocking) const {
   const ReleaseGil released(true);
   const c10::InferenceMode not_inference(false);
   const at::AutoDispatchBelowADInplaceOrView below;
-  const c10::OptionalDeviceGuard on_device =
-      devices::any_emulated ? c10::OptionalDeviceGuard() : c10::OptionalDeviceGuard(devices::device_of(where_));
+  const auto on_device = devices::guard(where_);
   to_device_ ? run_to_device(begin, end, non_blocking) : run_to_host(begin, end);
 }
 
@@ -163,7 +156,7 @@ void Transfer::run_to_device(size_t first, size_t last, bool non_blocking) const
     }
     run_on_host(gather, 0, gather.tasks.size(), true);
     // The memory is the stream's: the allocator gives the same block again for the next slot.
-    const at::Tensor there = device_memory(bytes, where_);
+    const at::Tensor there = devices::device_memory(bytes, where_);
     there.copy_(ring.tensor(bytes), /*non_blocking=*/true);
     ring.used_by(where_);
     const auto* const arrived = static_cast<const char*>(there.const_data_ptr());
@@ -209,7 +202,7 @@ void Transfer::run_to_host(size_t first, size_t last) const {
       from_slot(pieces_[next], slot + aligned(bytes), sent.scatter);
       bytes = aligned(bytes) + pieces_[next].bytes;
     }
-    const at::Tensor here = device_memory(bytes, where_);
+    const at::Tensor here = devices::device_memory(bytes, where_);
     auto* const gathered = static_cast<char*>(here.mutable_data_ptr());
     int64_t at = 0;
     for (size_t i = first; i < next; ++i) {
