@@ -1,20 +1,21 @@
 """Do two writes touch the same element? Exact for any strides, from addresses alone.
 
-Views are laid on a map of the memory between them, one byte for each granule, the largest unit that
-every view starts on, steps by and covers whole. For blocks, rows and columns a granule is a block, row
-or column part, so that the map is tiny; only views interleaved element by element need a byte each.
+Views whose address ranges are apart cannot meet, which settles nearly all of them at once. The others are laid on a
+sheet of the memory under them (see `sheets`): a grid of few places, or windows of a map.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from math import gcd
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from .resolve import Resolved
+from .sheets import Form, Placed, form_of, meetings, overlaps_itself
 
 __all__ = ["Conflict", "find_conflicts"]
 
@@ -31,142 +32,143 @@ class Conflict:
     second: int
 
 
-class _Region(NamedTuple):
-    """The bytes of a view: loops (size, stride in bytes), outermost first, around a contiguous run."""
-
-    device: str
-    begin: int
-    end: int
-    loops: tuple[tuple[int, int], ...]
-    run: int
-    write: int
-    reads: bool
-    in_place: bool  # the write copies a view onto itself: its read is harmless
-
-    @property
-    def injective(self) -> bool:
-        reach = self.run
-        for size, stride in reversed(self.loops):
-            if stride < reach:
-                return False
-            reach += (size - 1) * stride
-        return True
-
-
 def find_conflicts(resolved: Resolved) -> list[Conflict]:
     """Every write that overlaps an earlier one or itself, and every read of what another write writes.
 
-    A write that copies a view onto itself is none. Tensors without strided memory are left out.
+    Of several writes that a write overlaps, or reads from, the first is named. A write that copies a view onto itself
+    is none. Tensors without strided memory, and sources that are not in memory yet, are left out.
+
+    Returns:
+        The conflicts, sorted by `second`, then by `first`. For n writes whose address ranges are apart that
+        takes O(n log n).
     """
-    regions = sorted(_regions(resolved), key=lambda r: (r.device, r.begin))
+    views = _views(resolved)
     found: list[Conflict] = []
-    for cluster in _clusters(regions):
-        writers = [r for r in cluster if not r.reads]
-        readers = [r for r in cluster if r.reads]
-        if not writers or (len(writers) == 1 and not readers and writers[0].injective):
-            continue
-        found += _examine(writers, readers)
+    for cluster in views.clusters():
+        found += _examine(resolved, views, cluster)
     return sorted(found, key=lambda c: (c.second, c.first, c.kind))
 
 
-def _regions(resolved: Resolved) -> Iterable[_Region]:
+@dataclass
+class _Views:
+    """What writes write and read, in columns; addresses in bytes.
+
+    Attributes:
+        tags: 2 * write for a destination, 2 * write + 1 for a source.
+        spaces: of the devices, whose addresses have nothing to do with one another.
+        folded: places in the columns of destinations that touch an element twice.
+    """
+
+    tags: list[int] = field(default_factory=list)
+    begins: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    forms: list[Form] = field(default_factory=list)
+    spaces: list[int] = field(default_factory=list)
+    folded: list[int] = field(default_factory=list)
+
+    def clusters(self) -> Iterable[list[int]]:
+        """Places in the columns of views that may meet: their address ranges touch, and one of them is written."""
+        if not self.tags:
+            return
+        # Addresses may have their highest bit set.
+        begins, ends = np.array(self.begins, np.uint64), np.array(self.ends, np.uint64)
+        spaces = np.array(self.spaces)
+        written = np.array(self.tags) % 2 == 0
+        folded: NDArray[np.bool_] = np.zeros(len(written), np.bool_)
+        folded[self.folded] = True
+        for space in np.unique(spaces):
+            own = np.flatnonzero(spaces == space)
+            own = own[np.argsort(begins[own], kind="stable")]
+            reach = np.maximum.accumulate(ends[own])
+            starts = np.concatenate(([0], np.flatnonzero(begins[own][1:] >= reach[:-1]) + 1))
+            sizes = np.diff(starts, append=len(own))
+            several = (sizes > 1) & np.logical_or.reduceat(written[own], starts)
+            for k in np.flatnonzero(several | np.logical_or.reduceat(folded[own], starts)):
+                yield own[starts[k] : starts[k] + sizes[k]].tolist()
+
+
+def _views(resolved: Resolved) -> _Views:
+    """The views of all writes: this runs once a write, before anything is known to be wrong."""
+    views = _Views()
+    # Bound once: there may be tens of thousands of writes.
+    tag, begins, ends = views.tags.append, views.begins.append, views.ends.append
+    form_at, space_at, strided = views.forms.append, views.spaces.append, torch.strided
+    destinations, sources = resolved.destinations, resolved.source_tensors
+    devices: dict[str, int] = {}
+    unreal: dict[int, int] = {}
     for i, w in enumerate(resolved.writes):
-        dst, src = resolved.destinations[w.dst].tensor, resolved.source_tensors[w.src]
-        if 0 in w.sizes:
-            continue
-        if dst.layout is not torch.strided or src.layout is not torch.strided:
-            continue
-        begin = dst.data_ptr() + w.dst_offset * dst.element_size()
-        start = src.data_ptr() + w.src_offset * src.element_size()
-        steps = zip(w.sizes, w.dst_strides, w.src_strides, strict=True)
-        same = (
-            begin == start and dst.dtype == src.dtype and all(d == s for n, d, s in steps if n > 1)
-        )
-        yield _region(dst, begin, w.sizes, w.dst_strides, i, False, same)
-        yield _region(src, start, w.sizes, w.src_strides, i, True, same)
+        sizes = w.sizes
+        for kind, tensor, strides, offset in (
+            (0, destinations[w.dst].tensor, w.dst_strides, w.dst_offset),
+            (1, sources[w.src], w.src_strides, w.src_offset),
+        ):
+            if kind and not isinstance(tensor, Tensor):
+                continue
+            if tensor.layout is not strided:
+                continue
+            width = tensor.element_size()
+            form = form_of(sizes, strides, width)
+            if form is None:
+                continue
+            space = -1
+            begin = tensor.data_ptr()
+            if not tensor.is_cpu:
+                space = devices.setdefault(str(tensor.device), len(devices))
+                if tensor.is_meta:
+                    begin = _unreal_address(tensor, unreal)
+            begin += offset * width
+            if not kind and (form.folded or form.distinct < form.total):
+                views.folded.append(len(views.tags))
+            tag(2 * i + kind)
+            begins(begin)
+            ends(begin + form.span)
+            form_at(form)
+            space_at(space)
+    return views
 
 
-def _region(
-    tensor: torch.Tensor,
-    begin: int,
-    sizes: Sequence[int],
-    strides: Sequence[int],
-    write: int,
-    reads: bool,
-    in_place: bool,
-) -> _Region:
-    width = tensor.element_size()
-    # A source may repeat an element (stride 0): for reading, once is enough.
-    loops = sorted(
-        (
-            (n, s * width)
-            for n, s in zip(sizes, strides, strict=True)
-            if n > 1 and not (reads and s == 0)
-        ),
-        key=lambda loop: -loop[1],
-    )
-    run = width
-    while loops and loops[-1][1] == run:
-        run *= loops.pop()[0]
-    end = begin + run + sum((n - 1) * s for n, s in loops)
-    return _Region(str(tensor.device), begin, end, tuple(loops), run, write, reads, in_place)
+def _unreal_address(tensor: Tensor, known: dict[int, int]) -> int:
+    """An address for a tensor without memory: views of one storage lie as they would if it had memory."""
+    storage = tensor.untyped_storage()
+    free = known.get(-1, 0)
+    start = known.setdefault(storage._cdata, free)
+    if start == free:
+        known[-1] = free + max(storage.nbytes(), 1)
+    return start + tensor.storage_offset() * tensor.element_size()
 
 
-def _clusters(regions: Sequence[_Region]) -> Iterable[list[_Region]]:
-    """Groups whose address ranges touch; regions of two groups cannot meet."""
-    cluster: list[_Region] = []
-    end = 0
-    for region in regions:
-        if cluster and (region.device != cluster[0].device or region.begin >= end):
-            yield cluster
-            cluster = []
-            end = 0
-        cluster.append(region)
-        end = max(end, region.end)
-    if cluster:
-        yield cluster
-
-
-def _examine(writers: Sequence[_Region], readers: Sequence[_Region]) -> list[Conflict]:
-    everything = [*writers, *readers]
-    base = min(r.begin for r in everything)
-    granule = 0
-    for r in everything:
-        granule = gcd(granule, r.begin - base, r.run, *(s for _, s in r.loops))
-    written = torch.zeros((max(r.end for r in everything) - base) // granule, dtype=torch.uint8)
-
-    def cells(r: _Region) -> torch.Tensor:
-        sizes = [*(n for n, _ in r.loops), r.run // granule]
-        strides = [*(s // granule for _, s in r.loops), 1]
-        return written.as_strided(sizes, strides, (r.begin - base) // granule)
-
-    found: list[Conflict] = []
-    done: list[_Region] = []
-    for r in sorted(writers, key=lambda r: r.write):
-        if cells(r).any():
-            found.append(Conflict("write", _culprit(r, done, written, cells), r.write))
-        before = 0 if r.injective else int(torch.count_nonzero(written))
-        cells(r).fill_(1)
-        done.append(r)
-        if not r.injective and int(torch.count_nonzero(written)) - before < cells(r).numel():
-            if not (found and found[-1].second == r.write):
-                found.append(Conflict("write", r.write, r.write))
-    for r in readers:
-        # What one write copies onto itself no other write touches, or that is a conflict found above.
-        if not r.in_place and cells(r).any():
-            found.append(Conflict("read", _culprit(r, done, written, cells), r.write))
+def _examine(resolved: Resolved, views: _Views, cluster: Sequence[int]) -> list[Conflict]:
+    ordered = sorted(cluster, key=views.tags.__getitem__)
+    writes, written, reads, read = [], [], [], []
+    for k in ordered:
+        write, is_read = divmod(views.tags[k], 2)
+        placed: Placed = views.begins[k], views.forms[k]
+        if not is_read:
+            writes.append(write)
+            written.append(placed)
+        elif not _in_place(resolved, views, k):
+            # What one write copies onto itself no other write touches, or that is a conflict of the two writes.
+            reads.append(write)
+            read.append(placed)
+    own, theirs = meetings(written, read)
+    found = []
+    for write, first, (_, form) in zip(writes, own, written):
+        if first is not None:
+            found.append(Conflict("write", writes[first], write))
+        elif form.folded or overlaps_itself(form):
+            found.append(Conflict("write", write, write))
+    found += [Conflict("read", writes[k], r) for r, k in zip(reads, theirs) if k is not None]
     return found
 
 
-def _culprit(region: _Region, writers: Iterable[_Region], written: torch.Tensor, cells) -> int:  # type: ignore[no-untyped-def]
-    """The first of the writers that meets a region; `written` is left as it was."""
-    kept = written.clone()
-    for other in writers:
-        if other.begin < region.end and region.begin < other.end:
-            written.zero_()
-            cells(other).fill_(1)
-            if cells(region).any():
-                written.copy_(kept)
-                return other.write
-    written.copy_(kept)
-    return region.write
+def _in_place(resolved: Resolved, views: _Views, k: int) -> bool:
+    """Whether the read at place k of the columns is of a write that copies a view onto itself."""
+    if k == 0 or views.tags[k - 1] != views.tags[k] - 1:
+        return False
+    if (views.begins[k - 1], views.spaces[k - 1]) != (views.begins[k], views.spaces[k]):
+        return False
+    w = resolved.writes[views.tags[k] // 2]
+    steps = zip(w.sizes, w.dst_strides, w.src_strides, strict=True)
+    return resolved.destinations[w.dst].tensor.dtype == resolved.source_tensors[
+        w.src
+    ].dtype and all(d == s for n, d, s in steps if n > 1)
