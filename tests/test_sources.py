@@ -1,19 +1,14 @@
-"""Sources: what can be opened, and a clear error for everything else."""
+"""Sources in memory: modules and mappings, and a clear error for everything that is no source."""
 
 from __future__ import annotations
-
-import json
-import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from paramkit.errors import SourceError
-from paramkit.sources import open_source
+from paramkit.sources import Lazy, open_source
 
 
 class Model(nn.Module):
@@ -57,6 +52,12 @@ def test_mapping_is_taken_as_it_is() -> None:
     tensor = torch.zeros(2)
     assert open_source({"a": tensor, "b.c": nn.Parameter(tensor)})["a"] is tensor
     assert open_source({}) == {}
+    assert open_source({"a": tensor}, mmap=False)["a"] is tensor
+
+
+def test_mapping_may_hold_lazy_tensors() -> None:
+    lazy = Lazy((2, 3), torch.float32)
+    assert open_source({"a": lazy})["a"] is lazy
 
 
 def test_mapping_lists_all_that_is_no_tensor() -> None:
@@ -92,110 +93,39 @@ def test_other_types_are_refused(source: object) -> None:
         open_source(source)
 
 
-# ---- files ---------------------------------------------------------------------------------------
-
-TENSORS = {
-    "a.weight": torch.arange(12, dtype=torch.float32).view(3, 4),
-    "a.bias": torch.arange(3, dtype=torch.bfloat16),
-    "count": torch.tensor(7),
-    "empty": torch.zeros(0, 4),
-}
+# ---- the description of a lazy tensor ------------------------------------------------------------
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    path = tmp_path / "model.safetensors"
-    save_file(TENSORS, path)
-    return path
-
-
-@pytest.mark.parametrize("kind", [str, Path])
-def test_file(saved: Path, kind: type) -> None:
-    opened = open_source(kind(saved))
-    assert opened.keys() == TENSORS.keys()
-    for name, tensor in TENSORS.items():
-        assert opened[name].dtype == tensor.dtype
-        assert torch.equal(opened[name], tensor)
-
-
-def test_sharded_files(saved: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other.safetensors"
-    save_file({"b": torch.ones(2)}, other)
-    assert set(open_source([saved, str(other)])) == {*TENSORS, "b"}
-    with pytest.raises(SourceError, match=r"count \| conflict"):
-        open_source([saved, saved])
-
-
-def refused(path: Path | str) -> str:
-    with pytest.raises(SourceError) as caught:
-        open_source(path)
-    text = str(caught.value)
-    assert str(path) in text  # the file is named
-    assert len(caught.value.findings) == 1
-    return text
-
-
-def test_missing_file(tmp_path: Path, saved: Path) -> None:
-    assert "did you mean" in refused(tmp_path / "modle.safetensors")
-    assert "has no such file" in refused(tmp_path / "zzzz.safetensors")
-    assert "there is no folder" in refused(tmp_path / "no" / "model.safetensors")
-
-
-def test_folder(tmp_path: Path, saved: Path) -> None:
-    assert "pass the file itself; in it: model.safetensors" in refused(tmp_path)
-    (tmp_path / "bare").mkdir()
-    assert "holds no .safetensors file" in refused(tmp_path / "bare")
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3), (4, 1, 2), (2, 0, 3)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.bool])
+def test_lazy_describes_what_a_tensor_would(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensor, lazy = torch.zeros(shape, dtype=dtype), Lazy(shape, dtype)
+    assert lazy.shape == tensor.shape and type(lazy.shape) is torch.Size
+    assert (lazy.dtype, lazy.device, lazy.layout) == (tensor.dtype, tensor.device, tensor.layout)
+    assert (lazy.dim(), lazy.numel(), lazy.nbytes) == (tensor.dim(), tensor.numel(), tensor.nbytes)
+    assert (lazy.stride(), lazy.size()) == (tensor.stride(), tensor.size())
+    assert lazy.element_size() == tensor.element_size()
+    assert lazy.is_contiguous()
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("m.bin", "torch.load"),
-        ("m.pt", "torch.load"),
-        ("m.safetensors.index.json", "list of the .safetensors files"),
-        ("m.txt", "a .txt file"),
-        ("m", "without a suffix"),
-    ],
-)
-def test_other_formats(tmp_path: Path, name: str, message: str) -> None:
-    (tmp_path / name).write_bytes(b"something")
-    assert message in refused(tmp_path / name)
+    ("shape", "strides", "span"),
+    [((2, 3), (1, 2), 6), ((2, 3), (10, 2), 15), ((3,), (0,), 1), ((2, 0), (7, 1), 0), ((1, 4), (99, 1), 4)],
+)  # fmt: skip
+def test_lazy_span_of_strided(shape: tuple[int, ...], strides: tuple[int, ...], span: int) -> None:
+    lazy = Lazy(shape, torch.int32, strides)
+    tensor = torch.empty_strided(shape, strides, dtype=torch.int32)
+    assert lazy.nbytes == 4 * span == tensor.untyped_storage().nbytes()
+    assert lazy.is_contiguous() == tensor.is_contiguous()
+    assert lazy.stride(0) == strides[0]
+    memory = torch.arange(4 * span, dtype=torch.uint8)
+    assert lazy.view(memory).stride() == strides
+    if span:
+        assert lazy.view(memory).data_ptr() == memory.data_ptr()
 
 
-def header_of(data: bytes) -> int:
-    return 8 + struct.unpack("<Q", data[:8])[0]
-
-
-DAMAGE = {
-    "zero bytes": (lambda d: b"", "an empty file (0 bytes)"),
-    "a few bytes": (lambda d: d[:5], "5 bytes"),
-    "cut in the header": (lambda d: d[: header_of(d) // 2], "truncated in the header"),
-    "cut in the data": (lambda d: d[:-8], "tensors are cut off"),
-    "cut after the header": (lambda d: d[: header_of(d)], "4 of 4 tensors are cut off"),
-    "bytes too many": (lambda d: d + b"1234", "4 bytes too many"),
-    "header no JSON": (lambda d: d[:8] + b"x" * (header_of(d) - 8) + d[header_of(d) :], "header that cannot be read"),
-    "header length": (lambda d: struct.pack("<Q", 2**60) + d[8:], "announced in a file of"),
-    "unknown dtype": (lambda d: d.replace(b'"F32"', b'"F99"'), "newer format"),
-    "overlapping offsets": (lambda d: d.replace(b"[0,8]", b"[8,8]"), "corrupt"),
-    "pickle inside": (lambda d: b"PK\x03\x04" + d, "torch.load"),
-    "LFS pointer": (lambda d: b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
-    "web page": (lambda d: b"<!DOCTYPE html><html>not found</html>", "a web page"),
-    "header is a list": (lambda d: struct.pack("<Q", 8) + json.dumps([1, 2]).encode().ljust(8), "cannot be read"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", DAMAGE)
-def test_damaged_files(saved: Path, name: str) -> None:
-    damage, message = DAMAGE[name]
-    data = saved.read_bytes()
-    damaged = damage(data)
-    assert damaged != data
-    saved.write_bytes(damaged)
-    assert message in refused(saved)
-
-
-def test_every_truncation_is_refused(saved: Path) -> None:
-    data = saved.read_bytes()
-    for length in range(len(data)):
-        saved.write_bytes(data[:length])
-        refused(saved)
+def test_lazy_refuses_what_is_no_layout() -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        Lazy((2, 3), torch.float32, (1,))
+    with pytest.raises(ValueError, match="do not fit"):
+        Lazy((2, 3), torch.float32, (3, -1))
