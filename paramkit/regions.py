@@ -85,6 +85,10 @@ def cover(space: Region, regions: Sequence[Region]) -> Coverage:
         return _whole(space.sizes, space.strides)
     home = form_of(space.sizes, space.strides)
     forms = [form_of(sizes, strides) for _, sizes, strides in regions]
+    if len(regions) == 1 and forms[0] == home and regions[0].offset == space.offset:
+        return _whole(
+            regions[0].sizes, regions[0].strides
+        )  # the whole space, with axes split or put together
     if home is not None and not home.loops and all(f is None or not f.loops for f in forms):
         spans = [
             (r.offset, r.offset + f.run, k)
@@ -177,10 +181,10 @@ def _sweep(
     """
     begin, end = space.offset, space.offset + home.run
     reach, covered, lowest, meet = begin, 0, None, False
-    last = None  # the greatest end so far, inside the space or outside
+    last = None  # where the interval before ends; if any two meet, then so do some two neighbours
     for low, high, _ in sorted(spans):
         meet |= last is not None and low < last
-        last = high if last is None else max(last, high)
+        last = high
         if low > reach and lowest is None and reach < end:
             lowest = reach
         low, high = max(low, reach), min(high, end)

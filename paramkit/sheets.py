@@ -26,6 +26,7 @@ __all__ = [
     "Form",
     "Placed",
     "Sheet",
+    "count_distinct",
     "form_of",
     "meetings",
     "overlaps_itself",
@@ -36,7 +37,9 @@ __all__ = [
 GRID_PLACES = 1_000_000  # a larger grid is no better than a map
 GRID_BOXES = 1024  # of one view; more, and cutting costs more than a map
 GRID_DIGITS = 24  # numpy 1 has arrays of up to 32 dimensions
-MAP_BYTES = 256 << 20  # of all arrays of one window together
+MAP_BYTES = 256 << 20  # at most, of the arrays of two windows, as which they come and go
+CACHE_BYTES = 16 << 20  # the same for few views: what stays in a cache is marked faster
+VIEW_BYTES = 64 << 10  # more for each view, since every view costs a look at every window
 CACHED_VIEWS = 64  # a longer list of views is not kept: layers repeat short ones
 
 
@@ -232,7 +235,10 @@ def sheets(items: Sequence[Placed], place_bytes: int) -> Iterator[Sheet]:
         yield grid
         return
     places = max(start - base + form.span for start, form in items) // granule
-    step = max(1, MAP_BYTES // place_bytes)
+    room = min(MAP_BYTES, max(CACHE_BYTES, len(items) * VIEW_BYTES))
+    step = max(
+        1, room // (2 * place_bytes)
+    )  # a caller has the next arrays before it lets the last go
     for low in range(0, places, step):
         yield _Window(parts, base, granule, low, min(places, low + step))
 

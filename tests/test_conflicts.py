@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import time
-from typing import NamedTuple
+import tracemalloc
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import paramkit
-from paramkit import PlanError
+from paramkit import PlanError, sheets
 from paramkit.conflicts import Conflict, find_conflicts
 from paramkit.destinations import Destination
 from paramkit.resolve import Resolved, Write
@@ -132,6 +134,96 @@ def test_as_marking_every_byte(writes: list[tuple[View, View]]) -> None:
     raw, other = torch.zeros(LENGTH, dtype=torch.uint8), torch.zeros(LENGTH, dtype=torch.uint8)
     assert find_conflicts(resolved(writes, raw, other)) == brute_force(writes)
     assert not bool(raw.any())  # addresses alone are looked at
+
+
+@pytest.mark.parametrize("places, room", [(0, 1 << 20), (0, 7), (0, 60)])
+@pytest.mark.usefixtures("no_kept_results")
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(lists_of_writes)
+@example([(View((3, 2), (2, 3), 0, 0), View((3, 2), (0, 1), 4, 0, True))])
+def test_as_marking_every_byte_without_a_grid(
+    places: int, room: int, writes: list[tuple[View, View]]
+) -> None:
+    """The same on a map, and in windows of a few bytes."""
+    raw, other = torch.zeros(LENGTH, dtype=torch.uint8), torch.zeros(LENGTH, dtype=torch.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sheets, "GRID_PLACES", places)
+        patch.setattr(sheets, "MAP_BYTES", room)
+        assert find_conflicts(resolved(writes, raw, other)) == brute_force(writes)
+
+
+@pytest.fixture
+def no_kept_results() -> Iterator[None]:
+    """Results do not depend on the limits, but the way to them does."""
+    kept = (sheets._meetings, sheets.count_distinct, sheets.overlaps_itself)
+    for cached in kept:
+        cached.cache_clear()
+    yield
+    for cached in kept:
+        cached.cache_clear()
+
+
+def one_write(i: int, shape: tuple[int, ...], offset: int = 0) -> Write:
+    """Write i of a dense source into a part of destination i."""
+    strides = torch.empty(shape, device="meta").stride()
+    return Write(i, i, shape, strides, offset, strides, 0)
+
+
+def with_tensors(dsts: list[Tensor], srcs: list[Any], writes: list[Write]) -> Resolved:
+    result = Resolved(source_names=[f"s{i}" for i in range(len(srcs))], writes=writes)
+    result.source_tensors.extend(srcs)
+    for i, dst in enumerate(dsts):
+        result.destinations.append(Destination(f"d{i}", dst, None, f"d{i}", "tensor"))
+    return result
+
+
+def test_sources_that_are_not_in_memory() -> None:
+    """Their reads are left out; what is written from them is not."""
+    base = torch.zeros(12)
+    dsts, shape = [base[:8], base[4:]], (8,)
+    writes = [one_write(0, shape), one_write(1, shape)]
+    assert find_conflicts(with_tensors(dsts, [object(), object()], writes)) == [
+        Conflict("write", 0, 1)
+    ]
+    assert find_conflicts(
+        with_tensors(
+            [base[:4], base[8:]], [object(), base[:4]], [one_write(0, (4,)), one_write(1, (4,))]
+        )
+    ) == [Conflict("read", 0, 1)]
+
+
+def test_destinations_without_memory_yet() -> None:
+    """Meta tensors of different storages are apart, those of one lie as they will."""
+    base, other = torch.zeros(12, device="meta"), torch.zeros(12, device="meta")
+    sources = [torch.ones(8) for _ in range(4)]
+    writes = [one_write(i, (4,)) for i in range(4)]
+    assert (
+        find_conflicts(
+            with_tensors([base[:4], other[:4], base[4:8], torch.zeros(4)], sources, writes)
+        )
+        == []
+    )
+    writes = [one_write(i, (8,)) for i in range(3)]
+    assert find_conflicts(with_tensors([base[:8], other[2:10], base[4:]], sources, writes)) == [
+        Conflict("write", 0, 2)
+    ]
+
+
+def test_many_columns_of_many_tensors_in_one_storage() -> None:
+    """Interleaved halves of 300 tensors that lie side by side, two of which are written twice."""
+    flat = torch.zeros(300 * 12)
+    dsts = [flat[k * 12 : k * 12 + 12].view(3, 4) for k in range(300)]
+    source = torch.ones(3, 2)
+    writes = [
+        Write(k, 0, (3, 2), (4, 1), 2 * side, (2, 1), 0) for k in range(300) for side in range(2)
+    ]
+    assert find_conflicts(with_tensors(dsts, [source], writes)) == []
+    writes[41] = writes[40]  # the left half of tensor 20 twice, the right one never
+    writes.append(Write(299, 0, (1,), (1,), 11, (1,), 0))
+    assert find_conflicts(with_tensors(dsts, [source], writes)) == [
+        Conflict("write", 40, 41),
+        Conflict("write", 599, 600),
+    ]
 
 
 def tensor_at(view: View, raw: Tensor) -> Tensor:
@@ -371,6 +463,22 @@ def test_large_interleaved_views_are_no_conflict() -> None:
     with pytest.raises(PlanError, match=r"dsts\[7\].*dsts\[250\]"):
         paramkit.plan([*dsts, big[7999:, 7:8]], 0.0)
     assert storage_bytes(big).numel() == 256_000_000
+
+
+def test_memory_for_views_that_need_a_map_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strides of which none divides another, over far more elements than a window has places."""
+    monkeypatch.setattr(sheets, "MAP_BYTES", 1 << 20)
+    big = torch.empty(4001, 4001, dtype=torch.uint8)
+    writes = [
+        Write(0, 0, (4001, len(range(k, 4001, 7))), (4001, 7), k, (0, 0), 0) for k in range(7)
+    ]
+    plan = with_tensors([big], [torch.ones((), dtype=torch.uint8)], writes)
+    tracemalloc.start()
+    assert find_conflicts(plan) == []
+    writes.append(Write(0, 0, (2,), (3,), 4000 * 4001, (0,), 0))
+    assert find_conflicts(plan) == [Conflict("write", 0, 7)]
+    assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    tracemalloc.stop()
 
 
 def test_every_conflict_of_many_is_found_quickly() -> None:
