@@ -64,8 +64,8 @@ class Coverage:
 def cover(space: Region, regions: Sequence[Region]) -> Coverage:
     """What of a space do regions touch, what twice, and what not at all?
 
-    Exact for any sizes, strides and offsets; regions may reach outside the space. Takes under a microsecond for one
-    region that is the whole space, and O(n log n) for n intervals.
+    Exact for any sizes, strides and offsets; regions may reach outside the space. One region that is the whole space
+    costs a comparison, and n intervals O(n log n).
 
     Args:
         space: a tensor's memory: its sizes and strides, and the address of its first element, usually 0.
@@ -86,9 +86,8 @@ def cover(space: Region, regions: Sequence[Region]) -> Coverage:
     home = form_of(space.sizes, space.strides)
     forms = [form_of(sizes, strides) for _, sizes, strides in regions]
     if len(regions) == 1 and forms[0] == home and regions[0].offset == space.offset:
-        return _whole(
-            regions[0].sizes, regions[0].strides
-        )  # the whole space, with axes split or put together
+        # The whole space, with axes split or put together.
+        return _whole(regions[0].sizes, regions[0].strides)
     if home is not None and not home.loops and all(f is None or not f.loops for f in forms):
         spans = [
             (r.offset, r.offset + f.run, k)
