@@ -146,7 +146,11 @@ def _open_path(path: Path, mmap: bool) -> dict[str, Tensor | Lazy]:
 
 def open_file(path: Path, mmap: bool) -> dict[str, Tensor | Lazy]:
     """The tensors of one file of weights, which may also be missing."""
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except (OSError, ValueError) as error:
+        raise _unreachable(path, error) from error
+    if not is_file:
         raise _unusable(path)
     if path.suffix == ".safetensors":
         return safetensors_file.open_mapped(path) if mmap else safetensors_file.open_stored(path)

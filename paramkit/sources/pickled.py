@@ -21,14 +21,12 @@ import torch
 
 from ..errors import Finding, SourceError
 from .faults import AGAIN, look_alike, type_text
-from .lazy import Stored
+from .lazy import Lazy, Stored
 from .mapping import NESTS, sift
 from .reading import StoredFile
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from .lazy import Lazy
 
 __all__ = ["open_mapped", "open_stored"]
 
@@ -117,10 +115,9 @@ def _stored(file: StoredFile, tensor: Tensor, records: dict[int, int]) -> Stored
     if not tensor.numel():
         return Stored(file, 0, shape, tensor.dtype, strides)
     begin = tensor.storage_offset() * tensor.dtype.itemsize
-    found = Stored(file, record + begin, shape, tensor.dtype, strides)
-    if begin + found.nbytes > records.get(record, -1):
+    if begin + Lazy(shape, tensor.dtype, strides).nbytes > records.get(record, -1):
         raise _Elsewhere
-    return found
+    return Stored(file, record + begin, shape, tensor.dtype, strides)
 
 
 def _records(file: StoredFile) -> dict[int, int]:
