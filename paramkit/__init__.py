@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from . import backend
 from .backend import status
-from .errors import Finding, PlanError, SourceError, UnknownNameError
+from .errors import Finding, PlanError, RuleFileError, SourceError, UnknownNameError
 from .loading import load_state_dict
 from .ops import copy_, fill_, foreach_copy_, foreach_fill_
 from .plan import Plan, plan
 from .report import Report
-from .rules import Rule
+from .rulefile import load_rules, save_rules
+from .rules import Rule, invert
+from .sources import open_source
+from .torn import Torn, TornError, torn
 from .transplant import transplant
 from .writes import writes
 
@@ -24,16 +27,24 @@ __all__ = [
     "PlanError",
     "Report",
     "Rule",
+    "RuleFileError",
     "SourceError",
+    "Torn",
+    "TornError",
     "UnknownNameError",
     "backend",
     "copy_",
     "fill_",
     "foreach_copy_",
     "foreach_fill_",
+    "invert",
+    "load_rules",
     "load_state_dict",
+    "open_source",
     "plan",
+    "save_rules",
     "status",
+    "torn",
     "transplant",
     "writes",
 ]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from .backend.checks import has_no_memory
 from .errors import Finding, PlanError
 from .sources import module_tensors
+from .sources.lazy import Lazy
 
 __all__ = [
     "Destination",
     "Place",
+    "allocated",
     "destinations_of",
     "is_lazy",
     "layout_finding",
@@ -47,6 +49,7 @@ class Destination:
         path: (parent, child key, child) from the root to the owner.
         aliases: further names of the same memory (tied weights).
         alias_places: where each alias is held, in the order of `aliases`; empty for a mapping.
+        transient: a buffer that no state dict has: it is written where a rule or a source names it.
     """
 
     name: str
@@ -57,23 +60,28 @@ class Destination:
     path: Path = ()
     aliases: tuple[str, ...] = ()
     alias_places: tuple[Place, ...] = ()
+    transient: bool = False
 
 
-def named_destinations(model: nn.Module | Mapping[str, Tensor]) -> list[Destination]:
+def named_destinations(
+    model: nn.Module | Mapping[str, Tensor], transient: bool = False
+) -> list[Destination]:
     """The tensors of a model, one for each name.
 
     Args:
         model: a module or a mapping from names to tensors.
+        transient: with the non-persistent buffers of a module, after the others.
 
     Raises:
         TypeError: another type.
         PlanError: a mapping with values that are no tensors.
     """
     if isinstance(model, nn.Module):
-        return [
+        found = [
             Destination(name, tensor, owner, key, kind, path)
             for name, tensor, owner, key, kind, path in module_tensors(model)
         ]
+        return found + list(_transient_buffers(model)) if transient else found
     if isinstance(model, Mapping):
         wrong = [
             Finding(str(n), "type", type(t).__name__, "a tensor")
@@ -90,8 +98,27 @@ def named_destinations(model: nn.Module | Mapping[str, Tensor]) -> list[Destinat
     )
 
 
-def destinations_of(model: nn.Module | Mapping[str, Tensor]) -> list[Destination]:
-    """The tensors of a model, one for each memory, with all their names.
+def _transient_buffers(model: nn.Module) -> Iterator[Destination]:
+    for prefix, owner in model.named_modules():
+        for key in sorted(owner._non_persistent_buffers_set):
+            buffer = owner._buffers.get(key)
+            if buffer is None:
+                continue
+            path: list[tuple[nn.Module, str, nn.Module]] = []
+            parent = model
+            for part in prefix.split(".") if prefix else ():
+                child = parent._modules[part]
+                assert child is not None
+                path.append((parent, part, child))
+                parent = child
+            name = f"{prefix}.{key}" if prefix else key
+            yield Destination(name, buffer, owner, key, "buffer", tuple(path), transient=True)
+
+
+def destinations_of(
+    model: nn.Module | Mapping[str, Tensor], transient: bool = False
+) -> list[Destination]:
+    """The tensors of a model, one for each memory, with all their names; `transient` as there.
 
     Raises:
         TypeError, PlanError: as `named_destinations`.
@@ -103,7 +130,7 @@ def destinations_of(model: nn.Module | Mapping[str, Tensor]) -> list[Destination
         ('0.weight', ('1.weight',))
     """
     by_memory: dict[object, Destination] = {}
-    for destination in named_destinations(model):
+    for destination in named_destinations(model, transient):
         first = by_memory.setdefault(memory_key(destination.tensor), destination)
         if first is not destination:
             first.aliases += (destination.name,)
@@ -112,11 +139,14 @@ def destinations_of(model: nn.Module | Mapping[str, Tensor]) -> list[Destination
     return list(by_memory.values())
 
 
-def memory_key(tensor: Tensor) -> object:
+def memory_key(tensor: Any) -> object:
     """A key that is equal for tensors which are the very same memory, seen the same way.
 
     Two tensor objects may be one memory: a state dict detaches, so tied weights are two objects in it.
+    Two lazy tensors may be one place in a file.
     """
+    if isinstance(tensor, Lazy):
+        return tensor.location()
     if tensor.layout is not torch.strided or tensor.is_meta or is_lazy(tensor):
         return id(tensor)
     try:
@@ -142,8 +172,12 @@ def is_lazy(tensor: Tensor) -> bool:
     )
 
 
-def layout_finding(name: str, tensor: Tensor, destination: bool) -> Finding | None:
-    """Why a tensor cannot take part in a write, or None."""
+def layout_finding(
+    name: str, tensor: Any, destination: bool, device: torch.device | None = None
+) -> Finding | None:
+    """Why a tensor cannot take part in a write, or None; `device`: where meta destinations will be."""
+    if isinstance(tensor, Lazy):
+        return None
     if is_lazy(tensor):
         return Finding(
             name,
@@ -152,10 +186,10 @@ def layout_finding(name: str, tensor: Tensor, destination: bool) -> Finding | No
             "a tensor with memory",
             "run the module once first",
         )
-    if tensor.is_meta:
+    if tensor.is_meta and not (destination and device is not None):
         what = "destination" if destination else "source"
         hint = (
-            "module.to_empty(device=...) gives it memory"
+            'device="cpu" in transplant gives it memory, or module.to_empty(device=...)'
             if destination
             else "load the values first"
         )
@@ -190,3 +224,13 @@ def layout_finding(name: str, tensor: Tensor, destination: bool) -> Finding | No
             "make it contiguous() first",
         )
     return None
+
+
+def allocated(tensor: Tensor, device: torch.device) -> Tensor:
+    """Memory, not initialised, for a tensor on the meta device; a parameter keeps what it is and has."""
+    made = torch.empty_like(tensor, device=device, requires_grad=False)
+    if not isinstance(tensor, nn.Parameter):
+        return made
+    parameter = nn.Parameter(made, requires_grad=tensor.requires_grad)
+    parameter.__dict__.update(tensor.__dict__)
+    return parameter

@@ -13,8 +13,17 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["Finding", "PlanError", "SourceError", "UnknownNameError", "fold_names", "suggest"]
+__all__ = [
+    "Finding",
+    "PlanError",
+    "RuleFileError",
+    "SourceError",
+    "UnknownNameError",
+    "fold_names",
+    "suggest",
+]
 
 # More lines than this are counted, not shown: a screenful says what is wrong, a thousand lines hide it.
 MAX_LINES = 50
@@ -41,7 +50,7 @@ class Finding:
     Args:
         name: the parameter, source name, rule or argument that the problem is about.
         kind: a short tag: "missing", "unexpected", "unknown", "shape", "dtype", "device", "layout", "rule", "conflict",
-            "meta", "expanded", "moved", "kept", "type", "file".
+            "meta", "expanded", "moved", "kept", "unread", "overflow", "hook", "type", "file".
         got: what was found, "" where the kind says it all.
         expected: what should have been there.
         hint: what to do about it.
@@ -88,13 +97,17 @@ class PlanError(RuntimeError):
     def __str__(self) -> str:
         return self.text
 
-    def __reduce__(self) -> tuple[type, tuple[str, tuple[Finding, ...]]]:
+    def __reduce__(self) -> tuple[type, Any]:
         # The default would call the class with the finished text alone, and lose the findings on the way.
         return type(self), (self.summary, self.findings)
 
 
 class UnknownNameError(PlanError, KeyError):
     """A name that the model does not have. A KeyError too, because it comes from indexing by name."""
+
+
+class RuleFileError(PlanError, ValueError):
+    """A rule file that cannot be read: each finding names the file and the line."""
 
 
 class SourceError(PlanError):

@@ -13,6 +13,7 @@ from .destinations import Destination, Place
 from .errors import Finding
 from .report import Cast, Summary
 from .resolve import Resolved
+from .sources.lazy import Lazy
 
 __all__ = [
     "Slot",
@@ -40,7 +41,7 @@ def differences(was: Mapping[str, Tensor], now: Mapping[str, Any]) -> list[Findi
         new = now.get(name)
         if new is None:
             continue
-        if not isinstance(new, Tensor):
+        if not isinstance(new, (Tensor, Lazy)):
             findings.append(Finding(name, "type", type(new).__name__, "a tensor"))
         elif new.shape != old.shape:
             findings.append(Finding(name, "shape", str(tuple(new.shape)), str(tuple(old.shape))))

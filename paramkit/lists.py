@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .backend import checks
 from .destinations import Destination, layout_finding
 from .errors import Finding, PlanError
+from .fills import beside
 from .resolve import Resolved, Write
 
-__all__ = ["NUMBERS", "as_sources", "beside", "resolve_lists"]
+__all__ = ["NUMBERS", "as_sources", "resolve_lists"]
 
 # What torch takes as a number; numpy registers its scalars as numbers, except its bool.
 NUMBERS = (numbers.Number, np.bool_)
@@ -44,20 +44,6 @@ def as_sources(dsts: Sequence[Tensor], srcs: Any) -> list[Any]:
                 made[key] = beside(one, dst)
             values[i] = made[key]
     return values
-
-
-def beside(one: Tensor, dst: Tensor) -> Tensor:
-    """A number's element on the device of its destination, which then fills without asking the host.
-
-    Raises:
-        RuntimeError: while a CUDA graph is captured from the device's stream.
-    """
-    if dst.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "plan: a plan that fills CUDA tensors keeps its numbers on the device, which cannot be done while a "
-            "graph is captured: make the plan before the capture"
-        )
-    return one if dst.is_meta else one.to(dst.device)
 
 
 def resolve_lists(dsts: Sequence[Tensor], srcs: Any) -> Resolved:

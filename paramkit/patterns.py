@@ -3,7 +3,7 @@
 Pure integer arithmetic, no tensors. A pattern names the axes of a source and of a destination, as
 in einops. Each side is split into its elementary axes (a split of a strided dimension is always a
 view), the source is permuted to the destination's order, and axes that one side alone has are
-pinned to an index. Nothing is ever merged, so nothing is ever copied.
+pinned to an index, paired with a range, or repeated. Nothing is ever merged, so nothing is ever copied.
 
 Example:
     >>> sizes, dst, src = compile("i o -> o i", (), {}, (2, 3), (3, 1), (3, 2), (2, 1))
@@ -20,7 +20,20 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
-__all__ = ["At", "Mismatch", "Pattern", "View", "compile", "parse", "parse_at"]
+__all__ = [
+    "At",
+    "Mismatch",
+    "Pattern",
+    "View",
+    "Views",
+    "compile",
+    "compile_side",
+    "compile_views",
+    "infer",
+    "parse",
+    "parse_at",
+    "reversed_text",
+]
 
 Shape = Sequence[int]
 
@@ -31,6 +44,21 @@ class View(NamedTuple):
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
     offset: int
+
+
+class Views(NamedTuple):
+    """Two views side by side.
+
+    Attributes:
+        sizes: of both views.
+        dst, src: the views; a repeated axis has stride 0 in the source.
+        same: (size, stride) of source axes whose indices must all hold what index 0 holds.
+    """
+
+    sizes: tuple[int, ...]
+    dst: View
+    src: View
+    same: tuple[tuple[int, int], ...] = ()
 
 
 class Mismatch(Exception):
@@ -165,12 +193,13 @@ class Sum(NamedTuple):
 
 
 class At(NamedTuple):
-    """A parsed `at` entry: an index (`stop` unused, `is_range` False) or a range."""
+    """A parsed `at` entry: an index (`stop` unused, `is_range` False), a range, or `*`, every index."""
 
     text: str
     is_range: bool
     start: Sum | None
     stop: Sum | None
+    is_every: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -180,7 +209,7 @@ class At(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def parse_at(text: str) -> At:
-    """Parse an `at` value: an index such as `2`, `-1`, `r`, `r+1`, or a range `0:r`, `4:`, `:-2`.
+    """Parse an `at` value: an index such as `2`, `-1`, `r`, `r+1`, a range `0:r`, `4:`, `:-2`, or `*`.
 
     Raises:
         ValueError: naming what cannot be read.
@@ -189,6 +218,8 @@ def parse_at(text: str) -> At:
         >>> parse_at("r+1").start.value({"r": 4})
         5
     """
+    if text.strip() == "*":
+        return At("*", False, None, None, True)
     parts = text.split(":")
     if len(parts) > 2:
         raise ValueError(f'at "{text}": a range is "start:stop", without a step')
@@ -196,7 +227,7 @@ def parse_at(text: str) -> At:
     if len(parts) == 1:
         if sums[0] is None:
             raise ValueError(
-                'at "": expected an index such as 0, "r", "r+1", or a range such as "0:r"'
+                'at "": expected an index such as 0, "r", "r+1", a range such as "0:r", or "*"'
             )
         return At(text.strip(), False, sums[0], None)
     return At(text.replace(" ", ""), True, sums[0], sums[1])
@@ -255,6 +286,28 @@ def compile(
         >>> compile("h e -> (s h) e", {"s": 1}, {}, (2, 5), (5, 1), (6, 5), (5, 1))[1]
         View(sizes=(2, 5), strides=(5, 1), offset=10)
     """
+    sizes, dst, src, same = compile_views(
+        pattern, at, axis_sizes, src_shape, src_strides, dst_shape, dst_strides
+    )
+    if same:
+        raise ValueError(f"a source axis of equal values needs compile_views, got at={dict(at)}")
+    return sizes, dst, src
+
+
+def compile_views(
+    pattern: str | Pattern,
+    at: Mapping[str, int | str] | Iterable[tuple[str, int | str]],
+    axis_sizes: Mapping[str, int],
+    src_shape: Shape,
+    src_strides: Shape,
+    dst_shape: Shape,
+    dst_strides: Shape,
+) -> Views:
+    """As `compile`, with the source axes at `*`, which hold the same values at every index.
+
+    >>> compile_views("(h r) e -> h e", {"r": "*"}, {"r": 2}, (4, 3), (3, 1), (2, 3), (3, 1)).same
+    ((2, 3),)
+    """
     parsed = parse(pattern) if isinstance(pattern, str) else pattern
     pins = {axis: parse_at(str(value)) for axis, value in dict(at).items()}
     for axis in pins:
@@ -276,6 +329,81 @@ def compile(
     )
 
 
+def compile_side(
+    pattern: str | Pattern,
+    at: Mapping[str, int | str] | Iterable[tuple[str, int | str]],
+    axis_sizes: Mapping[str, int],
+    shape: Shape,
+    strides: Shape,
+) -> View:
+    """The view of one tensor that a pattern with one side, such as `"-> (s h)"`, and its pins select.
+
+    Args:
+        pattern: one of its sides has no axes.
+        at: axis -> index or range; an axis without one is taken whole.
+        axis_sizes: sizes that the shape alone does not tell.
+        shape: the tensor's shape, with `strides` in elements.
+
+    Raises:
+        Mismatch: the pattern does not fit the shape.
+
+    >>> compile_side("-> (s h)", {"s": 1}, {"s": 3}, (12,), (1,))
+    View(sizes=(4,), strides=(1,), offset=4)
+    """
+    parsed = parse(pattern) if isinstance(pattern, str) else pattern
+    side = parsed.src or parsed.dst
+    if len(shape) != len(side):
+        raise Mismatch(
+            f"{tuple(shape)} with {_axes(len(shape))}", f'{_axes(len(side))}, as in "{_text(side)}"'
+        )
+    pins = {axis: parse_at(str(value)) for axis, value in dict(at).items()}
+    whole = Pattern(parsed.text, (), side)
+    return _Compiler(whole, pins, axis_sizes, (), tuple(shape), alone=True).views(
+        (), tuple(strides)
+    )[1]
+
+
+def infer(
+    pattern: str | Pattern,
+    at: Mapping[str, int | str] | Iterable[tuple[str, int | str]],
+    axis_sizes: Mapping[str, int],
+    src_shape: Shape,
+) -> tuple[dict[str, int], dict[str, int]]:
+    """What a source tells of the destination's axes, where there is no destination yet.
+
+    Args:
+        pattern, at, axis_sizes, src_shape: as for `compile`.
+
+    Returns:
+        (sizes of the destination axes that are known, the least sizes of the others: behind the index or
+        range that the source fills).
+
+    Raises:
+        Mismatch: the source does not fit, or an axis cannot be worked out.
+
+    >>> infer("h e -> (s h) e", {"s": 1}, {}, (2, 5))
+    ({'h': 2, 'e': 5}, {'s': 2})
+    """
+    parsed = parse(pattern) if isinstance(pattern, str) else pattern
+    if len(src_shape) != len(parsed.src):
+        raise Mismatch(
+            f"source {tuple(src_shape)} with {_axes(len(src_shape))}",
+            f'{_axes(len(parsed.src))}, as in "{_text(parsed.src)}"',
+        )
+    pins = {axis: parse_at(str(value)) for axis, value in dict(at).items()}
+    return _Inference(parsed, pins, axis_sizes, tuple(src_shape)).result()
+
+
+def reversed_text(text: str) -> str:
+    """The pattern of the way back.
+
+    >>> reversed_text("h e -> (s h) e")
+    '(s h) e -> h e'
+    """
+    pattern = parse(text)
+    return f"{_text(pattern.dst)} -> {_text(pattern.src)}".strip()
+
+
 def _axes(count: int) -> str:
     return f"{count} axis" if count == 1 else f"{count} axes"
 
@@ -290,9 +418,11 @@ class _Compiler:
         axis_sizes: Mapping[str, int],
         src_shape: tuple[int, ...],
         dst_shape: tuple[int, ...],
+        alone: bool = False,
     ) -> None:
         self.pattern, self.pins = pattern, pins
         self.src_shape, self.dst_shape = src_shape, dst_shape
+        self.alone = alone  # there is no other side: axes and ranges need no partner
         self.sizes: dict[str, int] = dict(axis_sizes)
         # Ranges and the one-sided axis on the other side that each is paired with.
         self.partner = self._pair()
@@ -383,7 +513,7 @@ class _Compiler:
                     f'axis {other} of size {self.sizes[other]} for at {axis}="{self.pins[axis].text}"',
                     f"{stop - start}",
                 )
-            if other is None and stop - start != 1:
+            if other is None and stop - start != 1 and not self.alone:
                 raise Mismatch(
                     f'at {axis}="{self.pins[axis].text}" selects {stop - start} of {self.sizes[axis]}',
                     "an axis of that size that the other side alone has, or one index",
@@ -391,12 +521,12 @@ class _Compiler:
         paired = {*self.partner.values()}
         for axis in (*self.pattern.src_axes, *self.pattern.dst_axes):
             lone = axis in self.pattern.one_sided and axis not in self.pins and axis not in paired
-            if lone and self.sizes[axis] != 1:
+            if lone and self.sizes[axis] != 1 and not self.alone:
                 label = "source" if axis in self.pattern.src_axes else "destination"
                 raise Mismatch(
                     f"axis {axis} of size {self.sizes[axis]} on the {label} side alone",
                     "size 1, or an index",
-                    f'say which one with at={{"{axis}": ...}}',
+                    f'say which one with at={{"{axis}": ...}}, or at={{"{axis}": "*"}} for all of them',
                 )
 
     def _sizes_text(self, axes: Iterable[str]) -> str:
@@ -449,9 +579,7 @@ class _Compiler:
 
     # -- views --
 
-    def views(
-        self, src_strides: tuple[int, ...], dst_strides: tuple[int, ...]
-    ) -> tuple[tuple[int, ...], View, View]:
+    def views(self, src_strides: tuple[int, ...], dst_strides: tuple[int, ...]) -> Views:
         """The two views, axes in the destination's order."""
         src_steps = self._steps(src_strides, self.src_shape, self.pattern.src)
         dst_steps = self._steps(dst_strides, self.dst_shape, self.pattern.dst)
@@ -461,23 +589,40 @@ class _Compiler:
         offsets = {"src": 0, "dst": 0}
         for axis in self.pattern.dst_axes:
             other = axis if axis in src_steps else src_of.get(axis)
+            pin = self.pins.get(axis)
             if other is None:
+                if (pin is not None and pin.is_every) or (self.alone and pin is None):
+                    sizes.append(self.sizes[axis])
+                elif self.alone and pin is not None and pin.is_range:
+                    start, stop = self._bounds(axis)
+                    sizes.append(stop - start)
+                else:
+                    continue
+                dst_out.append(dst_steps[axis])
+                src_out.append(0)
                 continue
             # Of a pair, the range is the longer axis and the partner has the length that is copied.
             ranged = axis in self.partner
             sizes.append(self.sizes[other if ranged else axis])
             dst_out.append(dst_steps[axis])
             src_out.append(src_steps[other])
+        same = []
         for side, steps in (("src", src_steps), ("dst", dst_steps)):
             for axis, pin in self.pins.items():
-                if axis in steps:
-                    start = self._bounds(axis)[0] if pin.is_range else self._index(axis)
-                    offsets[side] += start * steps[axis]
+                if axis not in steps:
+                    continue
+                if pin.is_every:
+                    if side == "src" and self.sizes[axis] > 1:
+                        same.append((self.sizes[axis], steps[axis]))
+                    continue
+                start = self._bounds(axis)[0] if pin.is_range else self._index(axis)
+                offsets[side] += start * steps[axis]
         final = tuple(sizes)
-        return (
+        return Views(
             final,
             View(final, tuple(dst_out), offsets["dst"]),
             View(final, tuple(src_out), offsets["src"]),
+            tuple(same),
         )
 
     def _steps(
@@ -491,3 +636,57 @@ class _Compiler:
                 steps[axis] = step
                 step *= self.sizes[axis]
         return steps
+
+
+class _Inference(_Compiler):
+    """A compilation without a destination: what the source side alone tells."""
+
+    def __init__(
+        self,
+        pattern: Pattern,
+        pins: Mapping[str, At],
+        axis_sizes: Mapping[str, int],
+        src_shape: tuple[int, ...],
+    ) -> None:
+        self.pattern, self.pins = pattern, pins
+        self.src_shape, self.dst_shape, self.alone = src_shape, (), False
+        self.sizes = dict(axis_sizes)
+        self.partner = self._pair()
+        progress = True
+        while progress:
+            progress = False
+            for size, group in zip(src_shape, pattern.src, strict=True):
+                progress |= self._solve_group(size, group)
+            for axis, other in self.partner.items():
+                length = self._range(axis) if axis in pattern.src_axes else None
+                if other is not None and length is not None and other not in self.sizes:
+                    self.sizes[other] = length[1] - length[0]
+                    progress = True
+
+    def result(self) -> tuple[dict[str, int], dict[str, int]]:
+        least: dict[str, int] = {}
+        for axis in self.pattern.dst_axes:
+            if axis in self.sizes:
+                continue
+            pin = self.pins.get(axis)
+            end = None
+            if pin is None:
+                end = None if axis in self.pattern.src_axes else 1
+            elif pin.is_range:
+                other = self.partner.get(axis)
+                start = 0 if pin.start is None else pin.start.value(self.sizes)
+                if pin.stop is not None:
+                    end = pin.stop.value(self.sizes)
+                elif start is not None and other in self.sizes:
+                    end = start + self.sizes[other]  # type: ignore[index]
+            elif pin.start is not None:
+                index = pin.start.value(self.sizes)
+                end = None if index is None else index + 1
+            if end is None or end <= 0:
+                raise Mismatch(
+                    f"the size of axis {axis} cannot be worked out from a source {self.src_shape}",
+                    "",
+                    f"give it in the rule: {axis}=...",
+                )
+            least[axis] = end
+        return {a: self.sizes[a] for a in self.pattern.dst_axes if a in self.sizes}, least

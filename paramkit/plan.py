@@ -7,11 +7,13 @@ backend, which keeps them as ready tasks, and remembers what has to be true for 
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -19,8 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from . import backend
+from .before import overflow_findings, tie_findings
+from .casting import check_casting
 from .conflicts import find_conflicts
+from .destinations import Destination, Place, allocated
 from .errors import Finding, PlanError
+from .execution import execute
+from .fills import Constant
 from .judge import (
     Slot,
     conflict_finding,
@@ -32,35 +39,108 @@ from .judge import (
 )
 from .lists import as_sources, resolve_lists
 from .report import Report, Summary
-from .resolve import Resolved, resolve
+from .resolve import Resolved, plan_error, resolve
+from .rulefile import as_rules
 from .rules import Rule
 from .sources import open_source
+from .sources.lazy import Lazy
+from .stream import STAGING_BYTES, Streamed
+from .swap import Exchange
 
-__all__ = ["Plan", "plan"]
+__all__ = ["Options", "Plan", "plan"]
 
 Progress = Callable[[int, int], object]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a plan with names is made; see `plan` for each."""
+
+    rules: tuple[Rule, ...] = ()
+    identity: bool = True
+    allow_missing: Any = ()
+    allow_unexpected: Any = ()
+    casting: str = "same_kind"
+    overflow: str = "ignore"
+    hooks: str = "refuse"
+    mmap: bool = False
+    staging: int = STAGING_BYTES
+    device: torch.device | None = None
+
+    @staticmethod
+    def make(
+        rules: Any = (),
+        allow_missing: Any = (),
+        allow_unexpected: Any = (),
+        staging: int | None = None,
+        device: Any = None,
+        **others: Any,
+    ) -> Options:
+        """Checked and ready to be used again.
+
+        Raises:
+            ValueError, TypeError: an argument that cannot be.
+        """
+        check_casting(others.get("casting", "same_kind"))
+        overflow = others.get("overflow", "ignore")
+        if overflow not in ("ignore", "error"):
+            raise ValueError(f'overflow must be "ignore" or "error", got {overflow!r}')
+        if staging is not None:
+            if isinstance(staging, bool) or not isinstance(staging, int):
+                raise TypeError(f"staging must be a number of bytes, got {staging!r}")
+            if staging < 4096:
+                raise ValueError(f"staging must be at least 4096 bytes, got {staging}")
+        return Options(
+            as_rules(rules),
+            allow_missing=_kept(allow_missing),
+            allow_unexpected=_kept(allow_unexpected),
+            staging=STAGING_BYTES if staging is None else staging,
+            device=None if device is None else torch.device(device),
+            **others,
+        )
+
+    def resolving(self) -> dict[str, Any]:
+        """What `resolve` takes."""
+        names = ("rules", "identity", "allow_missing", "allow_unexpected", "casting", "hooks")
+        return {name: getattr(self, name) for name in (*names, "device")}
 
 
 def plan(
     model: nn.Module | Mapping[str, Tensor] | Sequence[Tensor],
     source: Any,
-    rules: Iterable[Rule] = (),
+    rules: Iterable[Rule] | str | os.PathLike[str] = (),
     *,
     identity: bool = True,
     allow_missing: Iterable[str] = (),
     allow_unexpected: Iterable[str] = (),
+    casting: str = "same_kind",
+    overflow: str = "ignore",
+    hooks: str = "refuse",
+    mmap: bool = False,
+    staging: int | None = None,
 ) -> Plan:
-    """Work out and check every write of a transplant, or of a list of copies; write nothing yet.
+    """Work out and prove every write of a transplant, or of a list of copies; write nothing yet.
 
     Args:
-        model: what is written: a module (its parameters and persistent buffers), a mapping from names
-            to tensors, or a list of n tensors of any shape, dtype and strides.
-        source: for a module or mapping: a module, a mapping, or the path of a `.safetensors` file. For
-            a list: a list of n tensors (each broadcasts to its destination) or numbers, or one number.
-        rules: how source names and axes map to destinations; not for lists.
+        model: what is written: a module (its parameters and persistent buffers, other buffers where they
+            are named), a mapping from names to tensors, or a list of n tensors of any shape, dtype and
+            strides.
+        source: for a module or mapping: whatever `paramkit.open_source` takes: a module, a mapping, a
+            checkpoint file or folder. Of files only the headers are read now. For a list: a list of n
+            tensors (each broadcasts to its destination) or numbers, or one number.
+        rules: how source names and axes map to destinations, or the path of a rule file; not for lists.
         identity: names that no rule touches map to themselves.
         allow_missing: destination names that may stay unwritten: exact, with `{i}`, or with `*`.
         allow_unexpected: source names that may stay unread: the same.
+        casting: which conversions are allowed, with numpy's meaning: "no", "safe" (every value is kept),
+            "same_kind" (within floats, or within integers, or to a wider kind), "unsafe". The report lists
+            every conversion.
+        overflow: "error" looks for finite values that the destination's dtype cannot hold, before each
+            `apply`, before anything is written.
+        hooks: "refuse" modules that load a state dict in a way of their own, or "ignore" their hooks.
+        mmap: map files into memory instead of reading them. Faster for a local file that nobody changes;
+            one that is cut meanwhile ends the process (SIGBUS).
+        staging: bytes of the buffer that files are read through.
 
     Returns:
         A `Plan`; its `apply()` writes.
@@ -68,7 +148,7 @@ def plan(
     Raises:
         PlanError: with everything that is wrong, at once.
         SourceError: the source cannot be read.
-        TypeError: an argument of the wrong type.
+        TypeError, ValueError: an argument of the wrong type or value.
 
     >>> import torch, paramkit
     >>> a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
@@ -82,24 +162,44 @@ def plan(
     [tensor([0.5000, 0.0000]), tensor([0.5000, 0.0000, 0.0000])]
     """
     if isinstance(model, (list, tuple)):
-        if rules or not identity or allow_missing or allow_unexpected:
+        plain = (casting, overflow, hooks, mmap, staging) == (
+            "same_kind",
+            "ignore",
+            "refuse",
+            False,
+            None,
+        )
+        if rules or not identity or allow_missing or allow_unexpected or not plain:
             raise TypeError(
-                "plan: rules, identity, allow_missing and allow_unexpected are for a model or a mapping "
-                "with names; two lists are matched by position"
+                "plan: rules, identity, allow_missing, allow_unexpected, casting, overflow, hooks, mmap and "
+                "staging are for a model or a mapping with names; two lists are matched by position and "
+                "converted as Tensor.copy_ does"
             )
         return _ListPlan(model, source)
-    options = {
-        "rules": _kept(rules),
-        "identity": identity,
-        "allow_missing": _kept(allow_missing),
-        "allow_unexpected": _kept(allow_unexpected),
-    }
+    options = Options.make(
+        rules,
+        allow_missing,
+        allow_unexpected,
+        staging,
+        identity=identity,
+        casting=casting,
+        overflow=overflow,
+        hooks=hooks,
+        mmap=mmap,
+    )
+    return model_plan(model, source, options)
+
+
+def model_plan(
+    model: nn.Module | Mapping[str, Tensor], source: Any, options: Options
+) -> _ModelPlan:
+    """A plan with names; `plan` with its options checked."""
     return _ModelPlan(model, source, options)
 
 
 def _kept(argument: Any) -> Any:
     """An iterable as a tuple, to be read again; what is no list of things is left for resolve() to refuse."""
-    return argument if isinstance(argument, (str, Rule)) else tuple(argument)
+    return argument if isinstance(argument, str) else tuple(argument)
 
 
 class Plan:
@@ -113,6 +213,7 @@ class Plan:
     """
 
     _follow_autograd = False
+    _follow_failures = False  # a failure half way is told from the names
 
     def __init__(self) -> None:
         self._compiled: Any = None
@@ -124,6 +225,7 @@ class Plan:
         self._write_dst: list[str] = []
         self._inference: list[str] = []
         self._busy = threading.Lock()
+        self._exchange: Exchange | None = None  # while a source is swapped in
         self._ordered = False
         self._in_module = False
         self._table: Mapping[str, Any] | None = None  # destinations of a mapping that is no dict
@@ -144,11 +246,17 @@ class Plan:
     # --- compiling ---
 
     def _compile(
-        self, resolved: Resolved, *, overlap: str = "error", table: Mapping[str, Any] | None = None
+        self,
+        resolved: Resolved,
+        *,
+        overlap: str = "error",
+        table: Mapping[str, Any] | None = None,
+        staging: int = STAGING_BYTES,
     ) -> None:
         """Check the writes against each other and hand them to the backend.
 
         `table`: the mapping that the destinations are values of, where there is no module.
+        `staging`: bytes for sources that are not in memory.
         """
         findings = conversion_findings(resolved)
         conflicts = find_conflicts(resolved)
@@ -158,36 +266,31 @@ class Plan:
                 continue
             findings.append(conflict_finding(resolved, c.kind, c.first, c.second))
         if findings:
-            n = len(findings)
-            raise PlanError(
-                f"the plan has {n} {'problem' if n == 1 else 'problems'}; nothing was written.",
-                findings,
-            )
+            raise plan_error(findings)
         used = sorted({w.dst for w in resolved.writes})
         number = {d: k for k, d in enumerate(used)}
         destinations = [resolved.destinations[d] for d in used]
         slots, slot_names = slots_of(destinations, table if isinstance(table, dict) else None)
-        writes = [
-            (
-                number[w.dst],
-                w.src,
-                w.sizes,
-                w.dst_strides,
-                w.dst_offset,
-                w.src_strides,
-                w.src_offset,
-            )
-            for w in resolved.writes
-        ]
         active = backend.active()
-        compiled = active.Plan(
-            [d.tensor for d in destinations],
-            list(resolved.source_tensors),
-            writes,
-            slots,
-            self._follow_autograd,
-            ordered,
-        )
+        dsts = [d.tensor for d in destinations]
+        srcs = [s.beside() if isinstance(s, Constant) else s for s in resolved.source_tensors]
+        if any(isinstance(s, Lazy) for s in srcs):
+            own = [replace(w, dst=number[w.dst]) for w in resolved.writes]
+            compiled: Any = Streamed(active, dsts, srcs, own, slots, staging)
+        else:
+            writes = [
+                (
+                    number[w.dst],
+                    w.src,
+                    w.sizes,
+                    w.dst_strides,
+                    w.dst_offset,
+                    w.src_strides,
+                    w.src_offset,
+                )
+                for w in resolved.writes
+            ]
+            compiled = active.Plan(dsts, srcs, writes, slots, self._follow_autograd, ordered)
         self._compiled, self._slots, self._slot_names = compiled, slots, slot_names
         self._table = None if isinstance(table, dict) else table
         self._ordered = ordered
@@ -200,13 +303,17 @@ class Plan:
 
     # --- public ---
 
-    def apply(self, source: Any = None, *, progress: Progress | None = None) -> Report:
+    def apply(
+        self, source: Any = None, *, atomic: bool = False, progress: Progress | None = None
+    ) -> Report:
         """Write.
 
         Args:
             source: a new source of the same names, shapes and dtypes, used from now on (the plan holds
                 it instead of the old one); a changed memory layout is planned anew. None: the source
                 in use.
+            atomic: where something fails that shows only while writing (a read error, a device out of
+                memory, an interrupt), put back what was there. Takes as much memory as was written.
             progress: called now and then with (bytes written, bytes in all).
 
         Returns:
@@ -215,27 +322,48 @@ class Plan:
         Raises:
             PlanError: a destination or source is not what the plan was made for, or `source` differs
                 in a name, shape or dtype. Nothing was written.
+            TornError: writing failed half way, without `atomic`; `paramkit.torn(model)` says what holds
+                the new values and what does not.
             RuntimeError: a plan of lists, where `Tensor.copy_` would raise (a leaf that requires grad).
         """
         if progress is not None and not callable(progress):
             raise TypeError(f"apply: progress must be callable, got {type(progress).__name__}")
         self._enter()
         try:
-            return self._apply(source, progress)
+            return self._apply(source, progress, atomic)
         finally:
             self._busy.release()
 
-    def _apply(self, source: Any, progress: Progress | None) -> Report:
+    def _apply(self, source: Any, progress: Progress | None, atomic: bool = False) -> Report:
         compiled = self._take(source)
+        self._check_inference()
+        self._check_values(compiled)
+        start = perf_counter()
+        if self._replaced_in_table() or not self._execute(compiled, progress, atomic):
+            raise self._stale()
+        return Report(self._summary, perf_counter() - start)
+
+    def _execute(self, compiled: Any, progress: Progress | None, atomic: bool) -> bool:
+        if not self._follow_failures and not atomic:
+            return bool(compiled.run(progress))
+        model = self._target()
+        return execute(
+            compiled, self._dst_names, self._write_dst, model, progress=progress, atomic=atomic
+        )
+
+    def _check_inference(self) -> None:
         if self._inference and not torch.is_inference_mode_enabled():
             raise RuntimeError(
                 f"apply: {', '.join(self._inference)}: Inplace update to inference tensor outside InferenceMode "
                 "is not allowed; nothing was written: write inside torch.inference_mode()"
             )
-        start = perf_counter()
-        if self._replaced_in_table() or not compiled.run(progress):
-            raise self._stale()
-        return Report(self._summary, perf_counter() - start)
+
+    def _target(self) -> Any:
+        """The model, where there is one."""
+        return None
+
+    def _check_values(self, compiled: Any) -> None:
+        """Raise if the sources' values are such that nothing should be written."""
 
     def _take(self, source: Any) -> Any:
         """The compiled plan, with a new source if there is one."""
@@ -277,6 +405,61 @@ class Plan:
             self._busy.release()
         return list(dict.fromkeys(self._write_dst[i] for i in differ))
 
+    @contextmanager
+    def swapped(self, source: Any = None) -> Iterator[Report]:
+        """Put a source in for the length of a block, and every bit back at its end, whatever happens in it.
+
+        For evaluating averaged weights, or an adapter. Where sources and destinations match one to one,
+        in dtype too, they are exchanged in place, through a small buffer: the source holds the model's
+        values meanwhile. Otherwise (a conversion, a file, a source that is read twice) a copy is kept of
+        what is overwritten.
+
+        Args:
+            source: as for `apply`.
+
+        Yields:
+            The report of putting it in.
+
+        Raises:
+            PlanError: as `apply`; also where this plan is swapped in already, and at the end where a
+                parameter was replaced meanwhile.
+
+        >>> import torch, paramkit
+        >>> model, average = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        >>> plan = paramkit.plan(model, average)
+        >>> before = model.weight.tolist()
+        >>> with plan.swapped():
+        ...     inside = model.weight.tolist()
+        >>> inside == before, model.weight.tolist() == before
+        (False, True)
+        """
+        self._enter()
+        try:
+            compiled = self._take(source)
+            self._check_inference()
+            if self._is_stale():
+                raise self._stale()
+            self._check_values(compiled)
+            exchange = Exchange(compiled, self._explainable(), self._exchangeable)
+            self._exchange = exchange
+        finally:
+            self._busy.release()
+        try:
+            start = perf_counter()
+            if not exchange.enter():
+                raise self._stale()
+            yield Report(self._summary, perf_counter() - start)
+        finally:
+            stale = self._stale() if self._is_stale() else None
+            exchange.leave()
+            self._exchange = None
+            if stale is not None:
+                raise PlanError(
+                    "a tensor was replaced or moved while the source was swapped in; what the plan holds was put "
+                    "back, what is in the model now was not.",
+                    stale.findings,
+                )
+
     def refresh(self, source: Any = None) -> None:
         """Resolve the names again: after a parameter was replaced, moved or resized, or `release()`.
 
@@ -293,7 +476,13 @@ class Plan:
             self._busy.release()
 
     def release(self) -> None:
-        """Let go of every tensor. `refresh(source)` makes a plan with names usable again."""
+        """Let go of every tensor. `refresh(source)` makes a plan with names usable again.
+
+        Raises:
+            PlanError: inside `swapped`.
+        """
+        if self._exchange is not None:
+            raise self._is_swapped()
         self._compiled = None
         self._slots, self._slot_names = [], []
 
@@ -335,8 +524,22 @@ class Plan:
     def _check_alive(self) -> None:
         """Raise if the model that this plan writes to is gone."""
 
+    @property
+    def _exchangeable(self) -> bool:
+        """Whether the source is the user's own memory, to be written."""
+        return True
+
+    @staticmethod
+    def _is_swapped() -> PlanError:
+        return PlanError(
+            "the source of this plan is swapped in; leave the block of plan.swapped() first. "
+            "Nothing was written."
+        )
+
     def _enter(self) -> None:
         """One call at a time: the GIL is given up while a long plan runs."""
+        if self._exchange is not None:
+            raise self._is_swapped()
         if not self._busy.acquire(blocking=False):
             raise PlanError(
                 "this plan is in use already, by another thread or the call that it is in; "
@@ -405,8 +608,10 @@ class Plan:
 class _ModelPlan(Plan):
     """A model (or mapping) from a source, by rules."""
 
+    _follow_failures = True
+
     def __init__(
-        self, model: nn.Module | Mapping[str, Tensor], source: Any, options: dict[str, Any]
+        self, model: nn.Module | Mapping[str, Tensor], source: Any, options: Options
     ) -> None:
         super().__init__()
         # Weakly: a plan keeps tensors alive, never a whole model. Mappings cannot be held weakly.
@@ -414,39 +619,103 @@ class _ModelPlan(Plan):
             weakref.ref(model) if isinstance(model, nn.Module) else lambda: model
         )
         self._options = options
-        self._source: Mapping[str, Tensor] | None = None
+        self._source: Mapping[str, Any] | None = None
+        self._in_memory = True
         self._resolved = Resolved()
-        self._build(open_source(source))
+        self._build(source)
 
     def _check_alive(self) -> None:
         if self._model() is None:
             raise PlanError("the model of this plan no longer exists; nothing was written.")
 
+    def _target(self) -> Any:
+        return self._model()
+
+    @property
+    def _exchangeable(self) -> bool:
+        return self._in_memory
+
+    def _open(self, source: Any) -> tuple[dict[str, Any], bool]:
+        """The source's tensors, and whether they are the user's own memory."""
+        own = isinstance(source, (nn.Module, Mapping))
+        return open_source(source, mmap=self._options.mmap), own
+
     def _build(self, source: Any) -> None:
+        if source is not None:
+            self._build_from(*self._open(source))
+        elif self._source is None:
+            raise PlanError("this plan was released, its source with it; give refresh() a source.")
+        else:
+            self._build_from(self._source, self._in_memory)
+
+    def _build_from(self, tensors: Mapping[str, Any], own: bool) -> None:
         self._check_alive()
         model = self._model()
-        if source is None and self._source is None:
-            raise PlanError("this plan was released, its source with it; give refresh() a source.")
-        tensors = open_source(self._source if source is None else source)
-        resolved = resolve(model, tensors, **self._options)
-        self._compile(resolved, table=None if isinstance(model, nn.Module) else model)
-        for d in resolved.destinations:  # the plan holds tensors, not the modules that own them
+        resolved = resolve(model, tensors, **self._options.resolving())
+        made = self._allocate(resolved)
+        self._compile(
+            resolved,
+            table=None if isinstance(model, nn.Module) else model,
+            staging=self._options.staging,
+        )
+        # Kept for installing what was allocated; otherwise a plan holds tensors, not their modules.
+        self._allocated = [replace(d) for d in made]
+        for d in resolved.destinations:
             d.owner, d.path, d.alias_places = None, (), ()
         resolved.source_tensors = []
-        self._source, self._resolved = tensors, resolved
+        self._source, self._in_memory, self._resolved = tensors, own, resolved
+
+    def _allocate(self, resolved: Resolved) -> list[Destination]:
+        """Memory for the destinations on the meta device, once each, not initialised."""
+        device = self._options.device
+        chosen = [resolved.destinations[k] for k in sorted({w.dst for w in resolved.writes})]
+        chosen = [d for d in chosen if d.tensor.is_meta] if device is not None else []
+        for d in chosen:
+            d.tensor = allocated(d.tensor, device)
+        return chosen
+
+    def _install(self) -> None:
+        """Put what was allocated into the model, under every name, in place of the meta tensors."""
+        for d in self._allocated:
+            if d.owner is None:  # of a mapping
+                for name in (d.name, *d.aliases):
+                    self._model()[name] = d.tensor
+                continue
+            for place in (Place(d.owner, d.key, d.path), *d.alias_places):
+                parameters = place.owner._parameters
+                table: Any = parameters if place.key in parameters else place.owner._buffers
+                table[place.key] = d.tensor
+
+    def _check_values(self, compiled: Any) -> None:
+        resolved, limit = self._resolved, self._options.staging // 2
+        if not resolved.ties and self._options.overflow == "ignore":
+            return
+        if self._is_stale():
+            raise self._stale()
+        sources = compiled.sources()
+        findings = tie_findings(resolved, sources, limit)
+        if self._options.overflow == "error":
+            findings += overflow_findings(resolved, resolved.writes, sources, limit)
+        if findings:
+            raise plan_error(findings)
 
     def _explainable(self) -> Resolved:
         return replace(self._resolved, source_tensors=self._compiled.sources())
 
     def _rebind(self, source: Any) -> None:
         plain = type(source) in (dict, OrderedDict)
-        tensors = dict(source) if plain else open_source(source)
+        tensors, own = (dict(source), True) if plain else self._open(source)
         assert self._source is not None
-        if tensors.keys() == self._source.keys() and not self._compiled.rebind(
-            tensors, self._src_names
-        ):
-            self._source = tensors
-            return
+        resolved = self._resolved
+        made = resolved.source_names[len(resolved.source_names) - resolved.made :]
+        if tensors.keys() == self._source.keys():
+            # A number that a rule fills with is bound again as it is.
+            constants = dict(zip(reversed(made), reversed(self._compiled.sources())))
+            if not self._compiled.rebind(
+                {**tensors, **constants} if made else tensors, self._src_names
+            ):
+                self._source, self._in_memory = tensors, own
+                return
         findings = differences(self._source, tensors)
         if findings:
             raise PlanError(
@@ -456,7 +725,9 @@ class _ModelPlan(Plan):
             )
         if self._is_stale():
             raise self._stale()
-        self._build(tensors)  # only strides or devices differ: the same writes from other views
+        self._build_from(
+            tensors, own
+        )  # a file, or other strides or devices: writes from other views
 
     def release(self) -> None:
         super().release()

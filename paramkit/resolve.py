@@ -1,4 +1,4 @@
-"""Resolving: from a model, a source and rules to the complete, checked set of writes.
+"""Resolving: from a model, a source and rules to the complete, proven set of writes.
 
 No data is touched and no tensor is created: only names, shapes, strides and addresses are read. All
 that is wrong is collected and raised together. Costs are linear in the number of names.
@@ -9,23 +9,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import permutations, product
-from math import prod
-from typing import NamedTuple
+from itertools import product
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from .destinations import Destination, destinations_of, layout_finding, memory_key
+from .casting import refusal
+from .destinations import Destination, destinations_of, layout_finding
 from .errors import Finding, PlanError, Suggester
-from .patterns import Mismatch, parse
-from .patterns import compile as compile_pattern
-from .rules import Bindings, NameFilter, Rule, RuleIndex, Template, bound_index, one_sided
+from .fills import Constant, Fill, Mean, Normal
+from .hints import did_you_mean, joined, nearest_template, pattern_guess
+from .hooks import HookCheck
+from .patterns import Mismatch, View, Views, compile_side, compile_views, parse
+from .proof import Part, Proof
+from .rules import Rule
 from .sources import open_source
+from .templates import Bindings, NameFilter, Template, TemplateIndex, bound_index, one_sided
 
-__all__ = ["Resolved", "Write", "resolve"]
+__all__ = ["Resolved", "Resolver", "Tie", "Write", "resolve"]
 
 Strided = tuple[tuple[int, ...], int]  # strides and offset
-Layout = tuple[tuple[int, ...], Strided, Strided]  # sizes, destination, source
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +40,8 @@ class Write:
         dst: index into `Resolved.destinations`.
         src: index into `Resolved.source_names` and `Resolved.source_tensors`.
         sizes: sizes of both views.
-        dst_strides, dst_offset: in elements, relative to the destination's `data_ptr()`.
-        src_strides, src_offset: in elements, relative to the source's `data_ptr()`.
+        dst_strides, dst_offset: in elements, relative to the destination's first element.
+        src_strides, src_offset: in elements, relative to the source's first element.
         text: the rule's pattern and pins, "" for a whole tensor.
     """
 
@@ -51,26 +55,43 @@ class Write:
     text: str = ""
 
 
+class Tie(NamedTuple):
+    """A write that is left out, because `write` fills the same elements; their values must agree.
+
+    Attributes:
+        write: what is written.
+        other: what would be written to the same elements, from other memory.
+    """
+
+    write: Write
+    other: Write
+
+
 @dataclass
 class Resolved:
     """Everything that a plan writes, and everything that it leaves alone on purpose.
 
     Attributes:
         destinations: all tensors of the model, aliases collapsed.
-        source_names, source_tensors: the source's tensors that some write reads.
+        source_names, source_tensors: the source's tensors that some write or tie reads. A tensor may be
+            lazy: its bytes exist once they are read.
         writes: the writes, in the order of the source.
-        kept: destination names that nothing writes, allowed by `allow_missing`.
-        dropped: source names that nothing reads, dropped by a rule or by `allow_unexpected`.
-        partial: destination names written only in part, allowed by `allow_missing`.
+        ties: pairs of sources whose values must be equal, to be compared before anything is written.
+        kept: destination names that nothing writes, on purpose.
+        dropped: source names that nothing reads, on purpose.
+        partial: destination names written only in part, on purpose.
+        made: how many of the last `source_tensors` are made by a rule's `fill` and are no part of the source.
     """
 
     destinations: list[Destination] = field(default_factory=list)
     source_names: list[str] = field(default_factory=list)
-    source_tensors: list[Tensor] = field(default_factory=list)
+    source_tensors: list[Any] = field(default_factory=list)
     writes: list[Write] = field(default_factory=list)
+    ties: list[Tie] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     partial: list[str] = field(default_factory=list)
+    made: int = 0
 
 
 def resolve(
@@ -81,23 +102,29 @@ def resolve(
     identity: bool = True,
     allow_missing: Iterable[str] = (),
     allow_unexpected: Iterable[str] = (),
+    casting: str = "same_kind",
+    hooks: str = "refuse",
+    device: torch.device | None = None,
 ) -> Resolved:
-    """Work out every write of a transplant and check all of it.
+    """Work out every write of a transplant and prove that the set is right.
 
     Args:
-        model: a module (its parameters and persistent buffers) or a mapping from names to tensors.
+        model: a module (its parameters and buffers) or a mapping from names to tensors.
         source: whatever `open_source` takes.
         rules: how source names and axes map to destination names and axes.
         identity: names that no rule touches map to themselves.
         allow_missing: destination names that may stay unwritten; exact, with `{i}`, or with `*`.
         allow_unexpected: source names that may stay unread; the same.
+        casting: which conversions are allowed, as in `paramkit.plan`.
+        hooks: "refuse" or "ignore" modules with a way of their own to load a state dict.
+        device: where destinations on the meta device will be allocated; None refuses them.
 
     Returns:
-        The writes. Every destination is covered, but for the allowed ones; that no two writes overlap
-        is checked for equal regions only, and proved later, from addresses.
+        The writes. Each destination element is written once or kept on purpose, each source element is
+        read or dropped on purpose; that two tensors do not share memory is proved later, from addresses.
 
     Raises:
-        PlanError: with every problem in the names, rules, shapes and layouts.
+        PlanError: with every problem in the names, rules, shapes, dtypes and layouts.
         SourceError: the source cannot be read.
         TypeError: an argument of the wrong type.
 
@@ -109,7 +136,12 @@ def resolve(
         >>> [w.dst_offset for w in resolve(fused, source, rules).writes]
         [0, 16, 32, 0]
     """
-    return _Resolver(model, source, rules, identity, allow_missing, allow_unexpected).run()
+    resolver = Resolver(
+        model, rules, identity, allow_missing, allow_unexpected, casting, hooks, device
+    )
+    for name, tensor in open_source(source).items():
+        resolver.add(name, tensor)
+    return resolver.finish()
 
 
 # ---- resolving -----------------------------------------------------------------------------------
@@ -125,117 +157,187 @@ class _Job(NamedTuple):
     pins: tuple[tuple[str, int], ...]
 
 
-class _Resolver:
+class Resolver:
+    """Takes the tensors of a source one by one, and makes the writes of each at once.
+
+    See `resolve` for the arguments. `streaming` decides about the identity of a name when it comes,
+    not when all names are known.
+    """
+
     def __init__(
         self,
         model: nn.Module | Mapping[str, Tensor],
-        source: object,
         rules: Iterable[Rule],
         identity: bool,
         allow_missing: Iterable[str],
         allow_unexpected: Iterable[str],
+        casting: str,
+        hooks: str = "refuse",
+        device: torch.device | None = None,
+        *,
+        streaming: bool = False,
     ) -> None:
         self.rules = _rule_list(rules)
-        self.identity = identity
+        self.identity, self.casting, self.streaming = identity, casting, streaming
         self.may_miss = NameFilter(allow_missing, "allow_missing")
         self.may_remain = NameFilter(allow_unexpected, "allow_unexpected")
-        self.destinations = destinations_of(model)
+        self.hooks = HookCheck(hooks)
+        self.device = device
+        self.destinations = destinations_of(model, transient=True)
         self.dst_index = {
             name: k for k, d in enumerate(self.destinations) for name in (d.name, *d.aliases)
         }
-        tensors = open_source(source)
-        self.src_names = list(tensors)
-        self.src_tensors = list(tensors.values())
-        self.src_index = {name: k for k, name in enumerate(self.src_names)}
+        self.src_names: list[str] = []
+        self.src_tensors: list[Any] = []
+        self.made: list[
+            tuple[str, Any]
+        ] = []  # by rules that fill; a write's src is -1 - its number
         self.findings: list[Finding] = []
-        self.jobs: list[_Job] = []
         self.writes: list[Write] = []
-        self.dropped: dict[int, int] = {}  # source index -> the rule that drops it
-        self.consumed: set[int] = set()  # sources that some rule or the identity reads, or tries to
-        self.reached: set[int] = (
-            set()
-        )  # destinations that some rule or the identity writes, or tries to
-        self.failed: set[int] = (
-            set()
-        )  # destinations with a finding of their own: coverage says nothing new
-        self.dst_templates = [None if r.dst is None else Template(r.dst) for r in self.rules]
-        self._layouts: dict[tuple[object, ...], Layout | Mismatch] = {}
+        self.proof = Proof(self)
+        self._jobs: list[_Job] = []  # identities, decided at the end
+        self._layouts: dict[tuple[object, ...], Views | Mismatch] = {}
         self._usable: dict[tuple[str, int], bool] = {}
+        self._casts: dict[tuple[torch.dtype, torch.dtype], str | None] = {}
+        self._prepare_rules()
 
-    def run(self) -> Resolved:
-        self._apply_rules()
-        if self.identity:
-            self._apply_identity()
-        for job in self.jobs:
-            self._write(job)
-        self._find_conflicts()
-        kept, partial = self._coverage()
-        dropped = self._leftovers()
-        if self.findings:
-            n = len(self.findings)
-            raise PlanError(
-                f"the plan has {n} {'problem' if n == 1 else 'problems'}; nothing was written.",
-                self.findings,
+    def _prepare_rules(self) -> None:
+        self._hits = [0] * len(self.rules)
+        self._targets = [rule.target_template() for rule in self.rules]
+        sources = [rule.source_template() for rule in self.rules]
+        # Templates with a wildcard cross the components that the index goes by.
+        self._crossing_src = [(k, t) for k, t in enumerate(sources) if t and t.crosses]
+        self._crossing_dst = [(k, t) for k, t in enumerate(self._targets) if t and t.crosses]
+        self._index = TemplateIndex([None if t and t.crosses else t for t in sources])
+        self._lone = [
+            ((), ()) if a is None or b is None else (one_sided(a, b), one_sided(b, a))
+            for a, b in zip(sources, self._targets, strict=True)
+        ]
+        # Rules without a source: what is filled, and what is kept on purpose.
+        alone = [
+            t if rule.src is None and t and not t.crosses else None
+            for rule, t in zip(self.rules, self._targets, strict=True)
+        ]
+        if any(alone):
+            index = TemplateIndex(alone)
+            for name, d in self.dst_index.items():
+                for k, _ in index.match(name):
+                    self._hits[k] += 1
+                    self._alone_dst(k, d, name)
+
+    def _crossing_destinations(self) -> None:
+        """A wildcard fills or keeps what no other rule writes."""
+        if not self._crossing_dst:
+            return
+        reached = set(self.proof.reached)
+        for name, d in self.dst_index.items():
+            for k, template in self._crossing_dst:
+                if name.startswith(template.prefix) and template.match(name) is not None:
+                    self._hits[k] += 1
+                    if d not in reached:
+                        self._alone_dst(k, d, name)
+
+    def _idle_rules(self) -> list[Finding]:
+        nears: dict[str, Suggester] = {}
+        findings = []
+        for k, rule in enumerate(self.rules):
+            if self._hits[k]:
+                continue
+            what, names = (
+                ("destination", self.dst_index)
+                if rule.src is None
+                else (
+                    "source",
+                    self.src_names,
+                )
             )
-        return self._result(kept, partial, dropped)
+            near = nears.setdefault(what, Suggester(names))
+            findings.append(
+                Finding(
+                    str(rule),
+                    "rule",
+                    "no match",
+                    f"at least one {what} name",
+                    did_you_mean(nearest_template(rule.src or rule.dst or "", near)),
+                )
+            )
+        return findings
+
+    def _alone_dst(self, k: int, d: int, name: str) -> None:
+        rule = self.rules[k]
+        part = self._part(rule, name, self.destinations[d].tensor)
+        if part is None:
+            self.proof.failed.add(d)
+            return
+        if rule.fill is None:
+            self.proof.keep(d, Part(part, str(rule), rule.pattern is None))
+            return
+        self.proof.reached.add(d)
+        self._fill(d, name, rule.fill, part, rule.pattern or "")
+
+    def _part(self, rule: Rule, name: str, tensor: Any) -> View | None:
+        """The part of a tensor that a rule with one side is about; a finding where it does not fit."""
+        shape = tuple(tensor.shape)
+        if tensor.layout is not torch.strided:
+            return View(shape, (0,) * len(shape), 0) if rule.pattern is None else None
+        if rule.pattern is None:
+            return View(shape, tensor.stride(), 0)
+        try:
+            return compile_side(
+                rule.pattern, rule.at, dict(rule.axis_sizes), shape, tensor.stride()
+            )
+        except Mismatch as error:
+            hint = joined(error.hint, f"tensor {shape}", f"by {rule}")
+            self.findings.append(Finding(name, "shape", error.got, error.expected, hint))
+            return None
 
     # -- names --
 
-    def _apply_rules(self) -> None:
-        index = RuleIndex(self.rules)
-        hits = [0] * len(self.rules)
-        lone_src, lone_dst = [], []
-        for template, target in zip(index.templates, self.dst_templates, strict=True):
-            lone_src.append([] if target is None else one_sided(template, target))
-            lone_dst.append([] if target is None else one_sided(target, template))
-        for s, name in enumerate(self.src_names):
-            for k, bindings in index.match(name):
-                hits[k] += 1
-                if self.rules[k].dst is None:
-                    self.dropped.setdefault(s, k)
-                else:
-                    self._apply_rule(s, k, bindings, lone_src[k], lone_dst[k])
-        for s, k in list(self.dropped.items()):
-            if s in self.consumed:
-                self.findings.append(
-                    Finding(
-                        self.src_names[s],
-                        "rule",
-                        f"dropped by {self.rules[k]} and read by another rule",
-                    )
-                )
-        # A wildcard drops what nothing else reads: `Rule("*", None)` means "and nothing more".
-        drops = NameFilter([self.rules[k].src for k in index.wildcards], "rules")
-        chosen, silent = drops.select(self.src_names)
-        for name, number in chosen.items():
-            k = index.wildcards[number]
-            if self.src_index[name] not in self.consumed:
-                self.dropped.setdefault(self.src_index[name], k)
-        idle = {k for k in range(len(self.rules)) if not hits[k]} - set(index.wildcards)
-        idle |= {k for k in index.wildcards if self.rules[k].src in silent}
-        if idle:
-            near = Suggester(self.src_names)
-            for k in sorted(idle):
-                self.findings.append(
-                    Finding(
-                        str(self.rules[k]),
-                        "rule",
-                        "no match",
-                        "at least one source name",
-                        _did_you_mean(_nearest_template(self.rules[k].src, near)),
-                    )
-                )
+    def add(self, name: str, tensor: Any) -> None:
+        """Take one tensor of the source: its writes are appended to `writes`, its problems to `findings`."""
+        s = len(self.src_names)
+        self.src_names.append(name)
+        self.src_tensors.append(tensor)
+        for k, bindings in self._index.match(name):
+            self._hits[k] += 1
+            if self.rules[k].dst is None:
+                self._alone_src(k, s)
+            else:
+                self._apply_rule(s, k, bindings)
+        if s in self.proof.consumed:
+            return
+        # A wildcard drops what no other rule reads: `Rule("*", None)` means "and nothing more".
+        for k, template in self._crossing_src:
+            if name.startswith(template.prefix) and template.match(name) is not None:
+                self._hits[k] += 1
+                self._alone_src(k, s)
+        d = self.dst_index.get(name) if self.identity else None
+        if d is None or s in self.proof.dropped:
+            return
+        job = _Job(s, d, -1, name, ())
+        if self.streaming:
+            self._identity(job)
+        else:
+            self._jobs.append(job)
 
-    def _apply_rule(
-        self, s: int, k: int, bindings: Bindings, lone_src: list[str], lone_dst: list[str]
-    ) -> None:
-        rule, target = self.rules[k], self.dst_templates[k]
+    def _alone_src(self, k: int, s: int) -> None:
+        rule = self.rules[k]
+        part = self._part(rule, self.src_names[s], self.src_tensors[s])
+        if part is None:
+            self.proof.unread_ok.add(s)  # it has a finding already
+            return
+        self.proof.drop(s, Part(part, str(rule), rule.pattern is None))
+
+    def _apply_rule(self, s: int, k: int, bindings: Bindings) -> None:
+        rule, target = self.rules[k], self._targets[k]
+        lone_src, lone_dst = self._lone[k]
         assert target is not None
-        self.consumed.add(s)
+        self.proof.consumed.add(s)
         pins: list[tuple[str, int]] = []
         for placeholder in lone_src:
             number = bound_index(bindings[placeholder])
             if number is None:
+                self.proof.unread_ok.add(s)
                 self.findings.append(
                     Finding(
                         self.src_names[s],
@@ -246,21 +348,26 @@ class _Resolver:
                 )
                 return
             pins.append((placeholder, number))
-        for extra in self._unstacked(s, rule, lone_dst):
-            name = target.format({**bindings, **{p: str(n) for p, n in extra}})
-            d = self.dst_index.get(name)
-            if d is None:
-                self._unknown(name, s, rule)
-                continue
-            self.reached.add(d)
-            self.jobs.append(_Job(s, d, k, name, (*pins, *extra)))
+        if not lone_dst:
+            self._job(s, k, target.format(bindings), tuple(pins))
+            return
+        for extra in self._unstacked(s, rule, target, bindings, lone_dst):
+            filled = {**bindings, **{p: str(n) for p, n in extra}}
+            self._job(s, k, target.format(filled), (*pins, *extra))
+
+    def _job(self, s: int, k: int, name: str, pins: tuple[tuple[str, int], ...]) -> None:
+        d = self.dst_index.get(name)
+        if d is None:
+            self.proof.unread_ok.add(s)
+            self._unknown(name, s, self.rules[k])
+            return
+        self.proof.reached.add(d)
+        self._write(_Job(s, d, k, name, pins))
 
     def _unstacked(
-        self, s: int, rule: Rule, lone_dst: list[str]
+        self, s: int, rule: Rule, target: Template, bindings: Bindings, lone_dst: Sequence[str]
     ) -> Iterable[tuple[tuple[str, int], ...]]:
         """The index tuples of placeholders that the destination alone has: every index of their axes."""
-        if not lone_dst:
-            return [()]
         assert rule.pattern is not None
         pattern, sizes = parse(rule.pattern), dict(rule.axis_sizes)
         shape = tuple(self.src_tensors[s].shape)
@@ -273,7 +380,13 @@ class _Resolver:
                     (n for n, g in zip(shape, pattern.src, strict=True) if g == (placeholder,)),
                     None,
                 )
+            if size is None and len(lone_dst) == 1:
+                # As many as there are destinations; that they use up the source is proved at the end.
+                size = 0
+                while target.format({**bindings, placeholder: str(size)}) in self.dst_index:
+                    size += 1
             if size is None:
+                self.proof.unread_ok.add(s)
                 self.findings.append(
                     Finding(
                         self.src_names[s],
@@ -293,8 +406,8 @@ class _Resolver:
                 name,
                 "unknown",
                 expected="a destination name",
-                hint=_joined(
-                    _did_you_mean(self._destinations_near(name)),
+                hint=joined(
+                    did_you_mean(self._destinations_near(name)),
                     f"made from {self.src_names[s]} by {rule}",
                 ),
             )
@@ -304,74 +417,143 @@ class _Resolver:
     def _destinations_near(self) -> Suggester:
         return Suggester(self.dst_index)
 
-    def _apply_identity(self) -> None:
-        touched = {job.dst for job in self.jobs}
-        for s, name in enumerate(self.src_names):
-            d = self.dst_index.get(name)
-            if d is None or d in touched or s in self.consumed or s in self.dropped:
-                continue
-            self.consumed.add(s)
-            self.reached.add(d)
-            self.jobs.append(_Job(s, d, -1, name, ()))
+    def _identity(self, job: _Job) -> None:
+        self.proof.consumed.add(job.src)
+        self.proof.reached.add(job.dst)
+        self._write(job)
 
     # -- shapes and layouts --
 
     def _write(self, job: _Job) -> None:
         d, s = self.destinations[job.dst], self.src_tensors[job.src]
-        usable_dst = self._can_use("dst", job.dst, job.dst_name, d.tensor)
-        usable_src = self._can_use("src", job.src, self.src_names[job.src], s)
-        if not (usable_dst and usable_src):
-            self.failed.add(job.dst)
+        if not self._fits(job, d, s):
+            self._fail(job)
             return
         rule = self.rules[job.rule] if job.rule >= 0 else None
         dst_shape, src_shape = tuple(d.tensor.shape), tuple(s.shape)
+        if rule is not None and rule.rows is not None:
+            self._overlapping_rows(job, rule, d, s)
+            return
         if rule is None or rule.pattern is None:
             if dst_shape != src_shape:
-                self.failed.add(job.dst)
-                self.findings.append(
-                    Finding(
-                        job.dst_name,
-                        "shape",
-                        str(src_shape),
-                        str(dst_shape),
-                        self._shape_hint(job, src_shape, dst_shape),
-                    )
+                name = self.src_names[job.src]
+                hint = joined(
+                    pattern_guess(src_shape, dst_shape),
+                    f"from {name}" if name != job.dst_name else "",
+                )
+                self._fail(
+                    job, Finding(job.dst_name, "shape", str(src_shape), str(dst_shape), hint)
                 )
                 return
-            self.writes.append(
-                Write(job.dst, job.src, dst_shape, d.tensor.stride(), 0, s.stride(), 0)
-            )
+            self._take(Write(job.dst, job.src, dst_shape, d.tensor.stride(), 0, s.stride(), 0))
             return
         layout = self._layout(job, rule, src_shape, s.stride(), dst_shape, d.tensor.stride())
         if isinstance(layout, Mismatch):
-            self.failed.add(job.dst)
-            self.findings.append(
-                Finding(
-                    job.dst_name,
-                    "shape",
-                    layout.got,
-                    layout.expected,
-                    _joined(
-                        layout.hint,
-                        f"source {src_shape}, destination {dst_shape}",
-                        f"from {self.src_names[job.src]} by {rule}",
-                    ),
-                )
+            hint = joined(
+                layout.hint,
+                f"source {src_shape}, destination {dst_shape}",
+                f"from {self.src_names[job.src]} by {rule}",
             )
+            self._fail(job, Finding(job.dst_name, "shape", layout.got, layout.expected, hint))
             return
-        sizes, (dst_strides, dst_offset), (src_strides, src_offset) = layout
-        self.writes.append(
-            Write(
-                job.dst,
-                job.src,
-                sizes,
-                dst_strides,
-                dst_offset,
-                src_strides,
-                src_offset,
-                _write_text(rule, job.pins),
-            )
+        sizes, dst, src, same = layout
+        text = _write_text(rule, job.pins)
+        write = Write(
+            job.dst, job.src, sizes, dst.strides, dst.offset, src.strides, src.offset, text
         )
+        self._take(write)
+        for index in product(*(range(n) for n, _ in same)):
+            # A source axis of equal values: its first index is written, the others must agree.
+            if any(index):
+                step = sum(i * stride for i, (_, stride) in zip(index, same, strict=True))
+                other = Write(
+                    job.dst,
+                    job.src,
+                    sizes,
+                    dst.strides,
+                    dst.offset,
+                    src.strides,
+                    src.offset + step,
+                    text,
+                )
+                self.proof.tie(write, other)
+
+    def _take(self, write: Write) -> None:
+        if self.proof.take(write):
+            self.writes.append(write)
+
+    def _fail(self, job: _Job, finding: Finding | None = None) -> None:
+        self.proof.failed.add(job.dst)
+        self.proof.unread_ok.add(job.src)
+        if finding is not None:
+            self.findings.append(finding)
+
+    def _fits(self, job: _Job, d: Destination, s: Any) -> bool:
+        """Whether both tensors can be used and one converts to the other; findings where not."""
+        usable_dst = self._can_use("dst", job.dst, job.dst_name, d.tensor)
+        usable_src = self._can_use("src", job.src, self.src_names[job.src], s)
+        if not (usable_dst and usable_src):
+            return False
+        finding = self.hooks.finding(d)
+        if finding is not None:
+            self.findings.append(finding)
+            return False
+        if s.dtype != d.tensor.dtype:
+            kinds = (s.dtype, d.tensor.dtype)
+            if kinds not in self._casts:
+                self._casts[kinds] = refusal(*kinds, self.casting)
+            refused = self._casts[kinds]
+            if refused is not None:
+                src, dst = (str(k).removeprefix("torch.") for k in kinds)
+                self.findings.append(
+                    Finding(job.dst_name, "dtype", src, f"what converts to {dst}", refused)
+                )
+                return False
+        return True
+
+    def _overlapping_rows(self, job: _Job, rule: Rule, d: Destination, s: Any) -> None:
+        dst_shape, src_shape = tuple(d.tensor.shape), tuple(s.shape)
+        if not dst_shape or len(dst_shape) != len(src_shape) or dst_shape[1:] != src_shape[1:]:
+            hint = joined('rows="overlap" lets the first dimension differ, no other', f"by {rule}")
+            self._fail(job, Finding(job.dst_name, "shape", str(src_shape), str(dst_shape), hint))
+            return
+        n, rest = min(dst_shape[0], src_shape[0]), dst_shape[1:]
+        dst_strides, src_strides = d.tensor.stride(), s.stride()
+        text = f"rows 0..{n - 1} of {src_shape[0]}"
+        self._take(Write(job.dst, job.src, (n, *rest), dst_strides, 0, src_strides, 0, text))
+        if src_shape[0] > n:
+            part = View((src_shape[0] - n, *rest), src_strides, n * src_strides[0])
+            self.proof.drop(job.src, Part(part, str(rule), False))
+        if dst_shape[0] > n:
+            part = View((dst_shape[0] - n, *rest), dst_strides, n * dst_strides[0])
+            if rule.fill is None:
+                self.proof.keep(job.dst, Part(part, str(rule), False))
+            elif rule.fill.kind == "mean":
+                mean = Mean(s, n, d.tensor.dtype)
+                name = f"{self.src_names[job.src]} (mean)"
+                self._made(job.dst, name, mean, part, "fill mean", (0, *mean.strides))
+            else:
+                self._fill(job.dst, job.dst_name, rule.fill, part, "")
+
+    def _fill(self, d: int, name: str, fill: Fill, part: View, text: str) -> None:
+        destination = self.destinations[d]
+        if not self._can_use("dst", d, name, destination.tensor):
+            self.proof.failed.add(d)
+            return
+        text = joined(text, str(fill))
+        if fill.kind == "value":
+            constant = Constant(fill.value, destination.tensor)
+            self._made(d, str(fill), constant, part, text, (0,) * len(part.sizes))
+            return
+        made = Normal(fill, destination.name, part.sizes, destination.tensor.dtype)
+        self._made(d, str(fill), made, part, text, made.strides)
+
+    def _made(
+        self, d: int, name: str, made: Any, part: View, text: str, strides: tuple[int, ...]
+    ) -> None:
+        self.made.append((name, made))
+        src = -len(self.made)
+        self._take(Write(d, src, part.sizes, part.strides, part.offset, strides, 0, text))
 
     def _layout(
         self,
@@ -381,13 +563,13 @@ class _Resolver:
         src_strides: tuple[int, ...],
         dst_shape: tuple[int, ...],
         dst_strides: tuple[int, ...],
-    ) -> Layout | Mismatch:
+    ) -> Views | Mismatch:
         # Layers repeat the same shapes, so nearly every compilation is a repetition.
         key = (job.rule, job.pins, src_shape, src_strides, dst_shape, dst_strides)
-        found: Layout | Mismatch | None = self._layouts.get(key)
+        found: Views | Mismatch | None = self._layouts.get(key)
         if found is None:
             try:
-                sizes, dst, src = compile_pattern(
+                found = compile_views(
                     rule.pattern or "",
                     (*rule.at, *job.pins),
                     dict(rule.axis_sizes),
@@ -396,186 +578,80 @@ class _Resolver:
                     dst_shape,
                     dst_strides,
                 )
-                found = (sizes, (dst.strides, dst.offset), (src.strides, src.offset))
             except Mismatch as error:
                 found = error
             self._layouts[key] = found
         return found
 
-    def _can_use(self, side: str, k: int, name: str, tensor: Tensor) -> bool:
+    def _can_use(self, side: str, k: int, name: str, tensor: Any) -> bool:
         """Whether a tensor has strides and memory to speak of; a finding the first time it has not."""
         known = self._usable.get((side, k))
         if known is None:
-            finding = layout_finding(name, tensor, side == "dst")
+            finding = layout_finding(name, tensor, side == "dst", self.device)
             if finding is not None:
                 self.findings.append(finding)
             known = self._usable[side, k] = finding is None
         return known
 
-    def _shape_hint(self, job: _Job, src_shape: tuple[int, ...], dst_shape: tuple[int, ...]) -> str:
-        name = self.src_names[job.src]
-        return _joined(
-            _pattern_guess(src_shape, dst_shape), f"from {name}" if name != job.dst_name else ""
-        )
+    # -- the end --
 
-    # -- completeness --
+    def finish(self) -> Resolved:
+        """All names are known: identities, wildcards, and the proof.
 
-    def _find_conflicts(self) -> None:
-        """Writes of one and the same region: once from one memory (ties), a conflict from two."""
-        seen: dict[tuple[object, ...], Write] = {}
-        kept: list[Write] = []
-        for write in self.writes:
-            region = (write.dst, write.sizes, write.dst_strides, write.dst_offset)
-            first = seen.setdefault(region, write)
-            if first is write or 0 in write.sizes:
-                kept.append(write)
-                continue
-            if self._same_values(first, write):
-                continue
-            self.failed.add(write.dst)
-            d = self.destinations[write.dst]
-            ties = f", tied to {', '.join(d.aliases)}" if d.aliases else ""
-            self.findings.append(
-                Finding(
-                    d.name,
-                    "conflict",
-                    f"two writes of the same elements, from {self.src_names[first.src]} "
-                    f"and from {self.src_names[write.src]}",
-                    f"one source for each element{ties}",
-                    "drop one of them with a rule: Rule(name, None)",
-                )
-            )
-        self.writes = kept
-
-    def _same_values(self, a: Write, b: Write) -> bool:
-        return (a.src_strides, a.src_offset) == (b.src_strides, b.src_offset) and memory_key(
-            self.src_tensors[a.src]
-        ) == memory_key(self.src_tensors[b.src])
-
-    def _coverage(self) -> tuple[list[str], list[str]]:
-        allowed, idle = self.may_miss.select(self.dst_index)
-        self._report_idle(idle, "allow_missing", "destination", self.dst_index)
-        written: dict[int, int] = {}
-        for write in self.writes:
-            written[write.dst] = written.get(write.dst, 0) + prod(write.sizes)
-        kept: list[str] = []
-        partial: list[str] = []
-        missing: list[str] = []
-        for k, d in enumerate(self.destinations):
-            if k in self.failed:
-                continue
-            may = any(name in allowed for name in (d.name, *d.aliases))
-            if k not in written:
-                if k in self.reached:
-                    continue  # it has a finding already
-                (kept if may else missing).append(d.name)
-                continue
-            numel = d.tensor.numel()
-            if written[k] > numel:
-                self.findings.append(
-                    Finding(
-                        d.name, "conflict", f"{written[k]} elements written", f"{numel}, each once"
-                    )
-                )
-            elif written[k] < numel and not may:
-                self.findings.append(
-                    Finding(
-                        d.name,
-                        "kept",
-                        f"{written[k]} of {numel} elements written",
-                        "all of them",
-                        "write the rest, or name it in allow_missing",
-                    )
-                )
-            elif written[k] < numel:
-                partial.append(d.name)
-        self._report_missing(missing)
-        return kept, partial
-
-    def _report_missing(self, missing: Sequence[str]) -> None:
-        if not missing:
-            return
-        unread = [
-            n
-            for s, n in enumerate(self.src_names)
-            if s not in self.consumed and s not in self.dropped
-        ]
-        near = Suggester(unread)
-        for name in missing:
-            hint = _did_you_mean(near(name)) or "give it a source, or name it in allow_missing"
-            self.findings.append(Finding(name, "missing", hint=hint))
-
-    def _leftovers(self) -> list[str]:
-        allowed, idle = self.may_remain.select(self.src_names)
-        self._report_idle(idle, "allow_unexpected", "source", self.src_names)
-        dropped: list[str] = []
-        unexpected: list[str] = []
-        for s, name in enumerate(self.src_names):
-            if s in self.consumed:
-                continue
-            (dropped if s in self.dropped or name in allowed else unexpected).append(name)
-        if unexpected:
-            unwritten = [
-                n
-                for k, d in enumerate(self.destinations)
-                if k not in self.reached
-                for n in (d.name, *d.aliases)
-            ]
-            near = Suggester(unwritten)
-            for name in unexpected:
-                self.findings.append(
-                    Finding(
-                        name,
-                        "unexpected",
-                        hint=_did_you_mean(near(name))
-                        or "drop it with Rule(name, None), or name it in allow_unexpected",
-                    )
-                )
-        return dropped
-
-    def _report_idle(
-        self, idle: Sequence[str], argument: str, what: str, names: Iterable[str]
-    ) -> None:
-        if not idle:
-            return
-        near = Suggester(names)
-        for text in idle:
-            self.findings.append(
-                Finding(
-                    f'{argument} "{text}"',
-                    "rule",
-                    "no match",
-                    f"at least one {what} name",
-                    _did_you_mean(_nearest_template(text, near)),
-                )
-            )
+        Raises:
+            PlanError: with every problem.
+        """
+        by_rules, place = set(self.proof.reached), len(self.findings)
+        for job in self._jobs:
+            if job.dst not in by_rules:
+                self._identity(job)
+        self._jobs = []
+        self._crossing_destinations()
+        self.findings[place:place] = self._idle_rules()
+        kept, partial, dropped = self.proof.run()
+        if self.findings:
+            raise plan_error(self.findings)
+        return self._result(kept, partial, dropped)
 
     def _result(self, kept: list[str], partial: list[str], dropped: list[str]) -> Resolved:
         # Only the sources that are read: a plan holds and rebinds these and no others.
-        used = sorted({write.src for write in self.writes})
-        number = {s: k for k, s in enumerate(used)}
-        writes = [
-            Write(
-                w.dst,
-                number[w.src],
-                w.sizes,
-                w.dst_strides,
-                w.dst_offset,
-                w.src_strides,
-                w.src_offset,
-                w.text,
-            )
-            for w in self.writes
-        ]
+        read = {w.src for w in self.writes}
+        read.update(w.src for tie in self.proof.ties for w in tie)
+        used = sorted(k for k in read if k >= 0)
+        made = sorted((k for k in read if k < 0), reverse=True)
+        number = {s: k for k, s in enumerate((*used, *made))}
+        same = all(s == k for s, k in number.items())
         return Resolved(
             self.destinations,
-            [self.src_names[s] for s in used],
-            [self.src_tensors[s] for s in used],
-            writes,
+            [self.src_names[s] for s in used] + [self.made[-1 - k][0] for k in made],
+            [self.src_tensors[s] for s in used] + [self.made[-1 - k][1] for k in made],
+            self.writes if same else [_renumbered(w, number) for w in self.writes],
+            [Tie(_renumbered(a, number), _renumbered(b, number)) for a, b in self.proof.ties],
             kept,
             dropped,
             partial,
+            len(made),
         )
+
+
+def plan_error(findings: Sequence[Finding]) -> PlanError:
+    n = len(findings)
+    return PlanError(
+        f"the plan has {n} {'problem' if n == 1 else 'problems'}; nothing was written.", findings
+    )
+
+
+def _renumbered(w: Write, number: Mapping[int, int]) -> Write:
+    return Write(
+        w.dst,
+        number[w.src],
+        w.sizes,
+        w.dst_strides,
+        w.dst_offset,
+        w.src_strides,
+        w.src_offset,
+        w.text,
+    )
 
 
 # ---- texts ---------------------------------------------------------------------------------------
@@ -591,50 +667,8 @@ def _rule_list(rules: Iterable[Rule]) -> list[Rule]:
     return out
 
 
-def _did_you_mean(name: str | None) -> str:
-    return "" if name is None else f"did you mean {name}?"
-
-
-def _joined(*parts: str) -> str:
-    return "; ".join(part for part in parts if part)
-
-
-def _nearest_template(template: str, near: Suggester) -> str | None:
-    """A near miss of a template: with `{i}` as layer 0, and without the wildcards."""
-    plain = Template(template, wildcards=True)
-    probe = plain.format(dict.fromkeys(plain.placeholders, "0")).replace("*", "").strip(".")
-    return near(probe) if probe else None
-
-
 def _write_text(rule: Rule, pins: tuple[tuple[str, int], ...]) -> str:
     # A bound index is shown as its placeholder: the text is then the same for every name.
     at = [f"{axis}={value}" for axis, value in rule.at]
     bound = [f"{axis}={{{axis}}}" for axis, _ in pins]
     return ", ".join([parse(rule.pattern or "").text, *at, *bound])
-
-
-def _pattern_guess(src: tuple[int, ...], dst: tuple[int, ...]) -> str:
-    """What a pattern could do about two different shapes."""
-    if len(src) == len(dst) == 2 and src == dst[::-1]:
-        return 'did you mean "i o -> o i"?'
-    if len(src) == len(dst) <= 4 and sorted(src) == sorted(dst):
-        names = "abcd"[: len(src)]
-        for order in permutations(range(len(src))):
-            if tuple(src[k] for k in order) == dst:
-                return f'did you mean "{" ".join(names)} -> {" ".join(names[k] for k in order)}"?'
-    if prod(src) == prod(dst):
-        return "as many elements: an axis pattern may fit"
-    if len(src) == len(dst):
-        different = [k for k in range(len(src)) if src[k] != dst[k]]
-        if len(different) == 1 and src[different[0]] and dst[different[0]]:
-            k = different[0]
-            axes = list("abcd"[: len(src)]) if len(src) <= 4 else []
-            fused = " ".join(f"(s {a})" if j == k else a for j, a in enumerate(axes))
-            plain = " ".join(axes)
-            if axes and dst[k] % src[k] == 0:
-                return f'to fuse {dst[k] // src[k]} of them: "{plain} -> {fused}", at={{"s": ...}}'
-            if axes and src[k] % dst[k] == 0:
-                return (
-                    f'to take one part of {src[k] // dst[k]}: "{fused} -> {plain}", at={{"s": ...}}'
-                )
-    return ""

@@ -1,110 +1,50 @@
-"""Rules: which source names go to which destination names, and how their axes correspond.
-
-A name template is a name in which `{i}` stands for any run of characters without a dot. Templates
-are matched through a tree of name components that all rules share, so that matching costs what a
-name is long, not what the rules are many.
-"""
+"""Rules: which source names go to which destination names, and how their axes correspond."""
 
 from __future__ import annotations
 
-import bisect
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from .patterns import parse, parse_at
+from .fills import Fill
+from .patterns import parse, parse_at, reversed_text
+from .templates import Template, one_sided
 
-__all__ = ["NameFilter", "Rule", "RuleIndex", "Template", "one_sided_text"]
-
-_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
-_CANONICAL_INT = re.compile(r"0|[1-9][0-9]{0,17}")
-
-Bindings = dict[str, str]
-
-
-class Template:
-    """A name with placeholders.
-
-    Args:
-        text: such as `layers.{i}.weight`.
-        wildcards: whether `*` stands for any run of characters, dots included.
-
-    Attributes:
-        text: as given.
-        placeholders: the names in braces, each once, in order.
-        prefix: the literal characters before the first placeholder or wildcard.
-        literal: whether the template is a plain name.
-
-    Raises:
-        ValueError: unbalanced braces, or a placeholder that is not an identifier.
-
-    Example:
-        >>> t = Template("h.{i}.{part}.weight")
-        >>> t.match("h.3.attn.weight")
-        {'i': '3', 'part': 'attn'}
-        >>> t.format({"i": "3", "part": "mlp"})
-        'h.3.mlp.weight'
-    """
-
-    __slots__ = ("_pieces", "_regex", "literal", "placeholders", "prefix", "text")
-
-    def __init__(self, text: str, wildcards: bool = False) -> None:
-        self.text = text
-        names: list[str] = []
-        pieces: list[tuple[str, str | None]] = []  # (literal text, the placeholder after it)
-        pattern: list[str] = []
-        end = 0
-        for match in _PLACEHOLDER.finditer(text):
-            name = match.group(1)
-            if not (name.isidentifier() and name.isascii()):
-                raise ValueError(
-                    f'name "{text}": "{{{name}}}" is not a placeholder; write a name in the braces: {{i}}'
-                )
-            pieces.append((text[end : match.start()], name))
-            end = match.end()
-        pieces.append((text[end:], None))
-        for literal, name in pieces:
-            if "{" in literal or "}" in literal:
-                raise ValueError(f'name "{text}": a brace without its partner')
-            escaped = re.escape(literal)
-            pattern.append(escaped.replace(r"\*", ".*") if wildcards else escaped)
-            if name is None:
-                continue
-            if name in names:
-                pattern.append(f"(?P={name})")
-            else:
-                names.append(name)
-                pattern.append(f"(?P<{name}>[^.]+)")
-        self.placeholders = tuple(names)
-        first = pieces[0][0]
-        self.prefix = first.split("*", 1)[0] if wildcards else first
-        self.literal = not names and (not wildcards or "*" not in text)
-        self._pieces = pieces
-        self._regex = re.compile("".join(pattern), re.DOTALL)
-
-    def match(self, name: str) -> Bindings | None:
-        """What the placeholders stand for in `name`, or None where it does not match."""
-        found = self._regex.fullmatch(name)
-        return None if found is None else found.groupdict()
-
-    def format(self, bindings: Mapping[str, str]) -> str:
-        """The name with the placeholders filled in."""
-        return "".join(t if p is None else t + bindings[p] for t, p in self._pieces)
+__all__ = ["Rule", "invert"]
 
 
 @dataclass(frozen=True, init=False, repr=False)
 class Rule:
     """One correspondence between source names and destination names.
 
+    | form | meaning |
+    |---|---|
+    | `Rule(src, dst)` | copy, shapes equal |
+    | `Rule(src, dst, pattern, at=..., **axis_sizes)` | copy, axes as the pattern says |
+    | `Rule(src, dst, rows="overlap", fill=...)` | copy the first rows that both have |
+    | `Rule(src, None)`, `Rule(src, None, pattern, at=...)` | drop a source, or a part of it, on purpose |
+    | `Rule(None, dst)`, `Rule(None, dst, pattern, at=...)` | keep a destination, or a part of it, on purpose |
+    | `Rule(None, dst, ..., fill=value)` | fill a destination, or a part of it |
+
+    In names `{i}` binds any run of characters without a dot, `{*p}` one or more whole components.
+    Where one side is None, `*` in the other stands for any run of characters, dots included.
+
     Args:
-        src: source name template. `{i}` binds any run of characters without a dot. Where `dst` is
-            None, `*` stands for any run of characters, dots included.
-        dst: destination name template; None drops the source on purpose.
+        src: source name template, or None.
+        dst: destination name template, or None.
         pattern: axis pattern such as `"i o -> o i"`, source axes first; None where the shapes are
-            equal. Compiled to views of both sides, never to a copy.
+            equal. Compiled to views of both sides, never to a copy. With one side None that side has
+            no axes: `"(s h) ->"`, `"-> (s h)"`.
         at: for axes that one side alone has: the index (an int, or text such as `"r+1"` in which an
-            axis name stands for its size), or a range (`"0:r"` or a slice) that is paired with an
-            axis of the other side.
+            axis name stands for its size), a range (`"0:r"` or a slice) that is paired with an axis of
+            the other side, or `"*"`: every index of the destination gets the same values, or every
+            index of the source holds them (compared before anything is written).
+        rows: `"overlap"`: the first dimensions may differ; the rows that both have are copied, further
+            rows of the source are dropped on purpose, those of the destination are kept on purpose, or
+            filled.
+        fill: for rows beyond the source's, and for rules without a source: a number, `"zeros"`,
+            `{"normal": std, "mean": m, "seed": s}` (mean 0 and seed 0 by default), and for rows also
+            `"mean"`, the mean of the source's rows.
         axis_sizes: sizes of axes that the shapes alone do not tell.
 
     Raises:
@@ -117,42 +57,65 @@ class Rule:
         Rule('enc.{i}.query.weight', 'layers.{i}.in_proj_weight', 'h e -> (s h) e', at={'s': 0})
         >>> Rule("pooler.*", None)
         Rule('pooler.*', None)
+        >>> Rule("tok.weight", "tok.weight", rows="overlap", fill="mean")
+        Rule('tok.weight', 'tok.weight', rows='overlap', fill='mean')
     """
 
-    src: str
+    src: str | None
     dst: str | None
     pattern: str | None
     at: tuple[tuple[str, int | str], ...]
+    rows: str | None
+    fill: Fill | None
     axis_sizes: tuple[tuple[str, int], ...]
 
     def __init__(
         self,
-        src: str,
+        src: str | None,
         dst: str | None,
         pattern: str | None = None,
         *,
         at: Mapping[str, int | str | slice] | None = None,
+        rows: str | None = None,
+        fill: Any = None,
         **axis_sizes: int,
     ) -> None:
-        for label, value, types in (("src", src, str), ("dst", dst, (str, type(None)))):
-            if not isinstance(value, types):
-                raise TypeError(f"Rule: {label} must be a name, got {type(value).__name__}")
+        for label, value in (("src", src), ("dst", dst)):
+            if not isinstance(value, (str, type(None))):
+                raise TypeError(f"Rule: {label} must be a name or None, got {type(value).__name__}")
         if not (pattern is None or isinstance(pattern, str)):
             raise TypeError(f"Rule: pattern must be text, got {type(pattern).__name__}")
         if not (at is None or isinstance(at, Mapping)):
             raise TypeError(
                 f'Rule: at must be a mapping such as {{"s": 0}}, got {type(at).__name__}'
             )
+        if rows not in (None, "overlap"):
+            raise ValueError(f'Rule: rows must be "overlap" or None, got {rows!r}')
         pins = tuple((axis, _pin(axis, value)) for axis, value in (at or {}).items())
         object.__setattr__(self, "src", src)
         object.__setattr__(self, "dst", dst)
         object.__setattr__(self, "pattern", pattern)
         object.__setattr__(self, "at", pins)
+        object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "fill", None if fill is None else Fill.read(fill))
         object.__setattr__(self, "axis_sizes", tuple(axis_sizes.items()))
         self._validate()
 
+    @property
+    def one_sided(self) -> bool:
+        """Whether the rule names a source or a destination alone."""
+        return self.src is None or self.dst is None
+
+    def source_template(self) -> Template | None:
+        """The source names, or None."""
+        return None if self.src is None else Template(self.src, wildcards=self.one_sided)
+
+    def target_template(self) -> Template | None:
+        """The destination names, or None."""
+        return None if self.dst is None else Template(self.dst, wildcards=self.one_sided)
+
     def _validate(self) -> None:
-        source = Template(self.src, wildcards=self.dst is None)
+        source, target = self.source_template(), self.target_template()
         for axis, size in self.axis_sizes:
             if isinstance(size, bool) or not isinstance(size, int):
                 raise TypeError(
@@ -160,28 +123,56 @@ class Rule:
                 )
             if size < 0:
                 raise ValueError(f"{self}: axis size {axis} must not be negative, got {size}")
-        if self.dst is None:
-            if self.pattern is not None or self.at or self.axis_sizes:
-                raise ValueError(
-                    f"{self}: a rule that drops (dst=None) takes no pattern, at or axis sizes"
-                )
+        if source is None and target is None:
+            raise ValueError("Rule: src and dst are both None; name at least one of them")
+        if self.pattern is None and (self.at or self.axis_sizes):
+            raise ValueError(f"{self}: at and axis sizes need an axis pattern to refer to")
+        self._validate_rows_and_fill()
+        if self.one_sided:
+            self._validate_alone()
             return
-        if "*" in self.src or "*" in self.dst:
-            raise ValueError(
-                f'{self}: "*" stands only in rules that drop (dst=None) and in allow-lists; '
-                "use placeholders such as {i}, one for each part between dots"
-            )
-        target = Template(self.dst)
+        assert source is not None and target is not None
+        for text in (source.text, target.text):
+            if "*" in text.replace("{*", "{"):
+                raise ValueError(
+                    f'{self}: "*" stands only in rules with one side None and in allow-lists; '
+                    "use placeholders such as {i} for a part between dots, {*p} for several"
+                )
         if self.pattern is None:
-            if self.at or self.axis_sizes:
-                raise ValueError(f"{self}: at and axis sizes need an axis pattern to refer to")
             lone = [*one_sided(source, target), *one_sided(target, source)]
             if lone:
-                raise ValueError(
-                    f"{self}: {one_sided_text(lone)} on one side only, and no axis pattern"
-                )
+                raise ValueError(f"{self}: {_braced(lone)} on one side only, and no axis pattern")
+            both = [p for p in source.placeholders if (p in source.spans) != (p in target.spans)]
+            if both:
+                raise ValueError(f"{self}: write {_braced(both)} the same way on both sides")
+            return
+        self._validate_pattern(source, target)
+
+    def _validate_rows_and_fill(self) -> None:
+        if self.rows is not None and (self.pattern is not None or self.one_sided):
+            raise ValueError(f"{self}: rows is for a source and a destination without a pattern")
+        if self.fill is None:
+            return
+        if self.src is not None and self.rows is None:
+            raise ValueError(f'{self}: fill is for rows="overlap", and for rules without a source')
+        if self.fill.kind == "mean" and self.rows is None:
+            raise ValueError(
+                f'{self}: fill="mean" is the mean of the source\'s rows; it needs rows'
+            )
+
+    def _validate_alone(self) -> None:
+        if self.pattern is None:
             return
         pattern = parse(self.pattern)
+        if self.src is None and pattern.src:
+            raise ValueError(f'{self}: without a source the pattern has no source axes: "-> ..."')
+        if self.dst is None and pattern.dst:
+            raise ValueError(
+                f'{self}: without a destination the pattern has no destination axes: "... ->"'
+            )
+        self._validate_axes(pattern)
+
+    def _validate_axes(self, pattern: Any) -> None:
         axes = {*pattern.src_axes, *pattern.dst_axes}
         for axis, value in self.at:
             parsed = parse_at(str(value))
@@ -206,21 +197,25 @@ class Rule:
                 raise ValueError(
                     f'{self}: size given for axis {axis}, which neither "{self.pattern}" nor at has'
                 )
+
+    def _validate_pattern(self, source: Template, target: Template) -> None:
+        pattern = parse(self.pattern or "")
+        self._validate_axes(pattern)
         sides = (
-            (one_sided(source, target), pattern.dst_axes, pattern.src_axes, "destination"),
-            (one_sided(target, source), pattern.src_axes, pattern.dst_axes, "source"),
+            (one_sided(source, target), source, pattern.dst_axes, pattern.src_axes, "destination"),
+            (one_sided(target, source), target, pattern.src_axes, pattern.dst_axes, "source"),
         )
         pinned = {axis for axis, _ in self.at}
-        for lone, must, must_not, label in sides:
-            bad = [p for p in lone if p not in must or p in must_not]
+        for lone, template, must, must_not, label in sides:
+            bad = [p for p in lone if p not in must or p in must_not or p in template.spans]
             if bad:
                 raise ValueError(
-                    f"{self}: {one_sided_text(bad)} on one side only; it must then be an axis of the "
+                    f"{self}: {_braced(bad)} on one side only; it must then be an axis of the "
                     f"{label} side alone in the pattern"
                 )
             twice = [p for p in lone if p in pinned]
             if twice:
-                raise ValueError(f"{self}: {one_sided_text(twice)} is bound by the name and by at")
+                raise ValueError(f"{self}: {_braced(twice)} is bound by the name and by at")
 
     def __repr__(self) -> str:
         parts = [repr(self.src), repr(self.dst)]
@@ -228,6 +223,10 @@ class Rule:
             parts.append(repr(self.pattern))
         if self.at:
             parts.append(f"at={dict(self.at)}")
+        if self.rows is not None:
+            parts.append(f"rows={self.rows!r}")
+        if self.fill is not None:
+            parts.append(f"fill={self.fill.plain()!r}")
         parts += [f"{axis}={size}" for axis, size in self.axis_sizes]
         return f"Rule({', '.join(parts)})"
 
@@ -246,153 +245,45 @@ def _pin(axis: object, value: object) -> int | str:
     return value
 
 
-def one_sided(a: Template, b: Template) -> list[str]:
-    """Placeholders of `a` that `b` does not have."""
-    return [p for p in a.placeholders if p not in b.placeholders]
-
-
-def one_sided_text(placeholders: Iterable[str]) -> str:
+def _braced(placeholders: Iterable[str]) -> str:
     """Placeholders as they are written: `{e}, {i}`."""
     return ", ".join(f"{{{p}}}" for p in placeholders)
 
 
-def bound_index(text: str) -> int | None:
-    """The index that a bound run of characters stands for, or None where it is not an integer."""
-    return int(text) if _CANONICAL_INT.fullmatch(text) else None
+def invert(rules: Iterable[Rule]) -> list[Rule]:
+    """The rules of the way back.
 
-
-# ---- matching ------------------------------------------------------------------------------------
-
-
-class _Node:
-    """A node of the component tree: where a name's components lead."""
-
-    __slots__ = ("literal", "masks", "rules")
-
-    def __init__(self) -> None:
-        self.literal: dict[str, _Node] = {}
-        self.masks: dict[str, tuple[re.Pattern[str] | None, _Node]] = {}
-        self.rules: list[int] = []
-
-
-class RuleIndex:
-    """All rules' source templates, ready for matching names.
-
-    Templates are put into one tree by their components; components with placeholders are anonymised
-    (`{i}` and `{layer}` are the same edge), so 400 rules about `layers.{i}...` share their way down.
-    A name costs its number of components, whatever the number of rules.
+    A transplant followed by one with the inverse rules gives the bits that there were, as far as the
+    first carried them over: casts lose what they lose, and what a rule dropped stays as it is. Drops
+    become keeps and the other way round; what was filled is dropped. Where several sources went into
+    one destination they are taken out of it; where one source went into several (`at={"r": "*"}`, or
+    two rules), they must agree on the way back.
 
     Args:
-        rules: the rules, in order.
-
-    Example:
-        >>> index = RuleIndex([Rule("h.{i}.w", "layers.{i}.w"), Rule("h.0.w", None)])
-        >>> [(k, b) for k, b in index.match("h.0.w")]
-        [(0, {'i': '0'}), (1, {})]
-    """
-
-    def __init__(self, rules: Sequence[Rule]) -> None:
-        self.templates: list[Template] = []
-        self.wildcards: list[int] = []  # rules with `*`, which cross components
-        self._root = _Node()
-        for k, rule in enumerate(rules):
-            crosses = rule.dst is None and "*" in rule.src
-            self.templates.append(Template(rule.src, wildcards=crosses))
-            if crosses:
-                self.wildcards.append(k)
-            else:
-                self._insert(rule.src, k)
-
-    def _insert(self, text: str, k: int) -> None:
-        node = self._root
-        for part in text.split("."):
-            if "{" not in part:
-                node = node.literal.setdefault(part, _Node())
-                continue
-            mask = _PLACEHOLDER.sub("{}", part)
-            if mask not in node.masks:
-                literals = map(re.escape, mask.split("{}"))
-                regex = None if mask == "{}" else re.compile("[^.]+".join(literals), re.DOTALL)
-                node.masks[mask] = (regex, _Node())
-            node = node.masks[mask][1]
-        node.rules.append(k)
-
-    def match(self, name: str) -> list[tuple[int, Bindings]]:
-        """The rules without `*` whose source template matches, in order, with their bindings."""
-        nodes = [self._root]
-        for part in name.split("."):
-            following: list[_Node] = []
-            for node in nodes:
-                child = node.literal.get(part)
-                if child is not None:
-                    following.append(child)
-                for regex, masked in node.masks.values():
-                    if part and (regex is None or regex.fullmatch(part)):
-                        following.append(masked)
-            if not following:
-                return []
-            nodes = following
-        found: list[tuple[int, Bindings]] = []
-        for k in sorted(k for node in nodes for k in node.rules):
-            # The tree ignores that a placeholder used twice must bind the same text; the template does not.
-            bindings = self.templates[k].match(name)
-            if bindings is not None:
-                found.append((k, bindings))
-        return found
-
-
-class NameFilter:
-    """Which of many names a list of templates with `*` matches.
-
-    Args:
-        templates: exact names, `{i}` placeholders, `*` for any run of characters, dots included.
-        argument: the argument's name, for errors.
+        rules: any rules.
 
     Raises:
-        TypeError: a template that is not text, or one text in place of a list.
-        ValueError: a template that cannot be read.
+        TypeError: something that is no rule.
 
     Example:
-        >>> NameFilter(["pooler.*"], "allow").select(["pooler.dense.weight", "fc.weight"])
-        ({'pooler.dense.weight': 0}, [])
+        >>> invert([Rule("a.w", "b.w", "i o -> o i"), Rule("pooler.*", None)])
+        [Rule('b.w', 'a.w', 'o i -> i o'), Rule(None, 'pooler.*')]
     """
-
-    def __init__(self, templates: Iterable[str], argument: str) -> None:
-        if isinstance(templates, str):
+    out = []
+    for k, rule in enumerate(rules):
+        if not isinstance(rule, Rule):
             raise TypeError(
-                f'{argument} must be a list of names, got the text "{templates}"; write ["{templates}"]'
+                f"invert: rules[{k}] must be a paramkit.Rule, got {type(rule).__name__}"
             )
-        self.templates: list[Template] = []
-        for k, text in enumerate(templates):
-            if not isinstance(text, str):
-                raise TypeError(f"{argument}[{k}] must be a name, got {type(text).__name__}")
-            self.templates.append(Template(text, wildcards=True))
-
-    def select(self, names: Iterable[str]) -> tuple[dict[str, int], list[str]]:
-        """The names matched.
-
-        Returns:
-            ({name: number of the first template that matches it}, the templates that match none).
-        """
-        given = dict.fromkeys(names)
-        ordered: list[str] | None = None
-        chosen: dict[str, int] = {}
-        idle: list[str] = []
-        for k, template in enumerate(self.templates):
-            if template.literal:
-                hits = [template.text] if template.text in given else []
-            else:
-                # Only names with the template's literal beginning are tried.
-                ordered = sorted(given) if ordered is None else ordered
-                start = bisect.bisect_left(ordered, template.prefix)
-                hits = []
-                for name in ordered[start:]:
-                    if not name.startswith(template.prefix):
-                        break
-                    if template.match(name) is not None:
-                        hits.append(name)
-            if not hits:
-                idle.append(template.text)
-            for name in hits:
-                chosen.setdefault(name, k)
-        return chosen, idle
+        pattern = None if rule.pattern is None else reversed_text(rule.pattern)
+        out.append(
+            Rule(
+                rule.dst,
+                rule.src,
+                pattern,
+                at=dict(rule.at),
+                rows=rule.rows,
+                **dict(rule.axis_sizes),
+            )
+        )
+    return out

@@ -22,7 +22,8 @@ from . import backend
 from .backend import checks
 from .destinations import Destination, destinations_of, layout_finding, named_destinations
 from .errors import Finding, PlanError, UnknownNameError, suggest
-from .lists import NUMBERS, beside
+from .fills import beside
+from .lists import NUMBERS
 from .plan import Plan
 from .resolve import Resolved, Write
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paramkit import Rule
-from paramkit.rules import NameFilter, RuleIndex, Template
+from paramkit import Rule, invert
+from paramkit.templates import NameFilter, Template, TemplateIndex
 
 
 def test_template_binds_runs_without_dots() -> None:
@@ -59,8 +59,8 @@ def test_rules_are_frozen_hashable_and_picklable() -> None:
 
 
 WRONG = {
-    "src type": (lambda: Rule(3, "b"), TypeError, "src must be a name, got int"),
-    "dst type": (lambda: Rule("a", 3), TypeError, "dst must be a name, got int"),
+    "src type": (lambda: Rule(3, "b"), TypeError, "src must be a name or None, got int"),
+    "dst type": (lambda: Rule("a", 3), TypeError, "dst must be a name or None, got int"),
     "pattern type": (lambda: Rule("a", "b", 3), TypeError, "pattern must be text"),
     "at type": (lambda: Rule("a", "b", "a -> a", at=[0]), TypeError, "at must be a mapping"),
     "at value": (lambda: Rule("a", "b", "a -> b a", at={"b": 1.5}), TypeError, "got float"),
@@ -80,8 +80,21 @@ WRONG = {
     "placeholder twice": (
         lambda: Rule("a.{e}", "b", "i -> e i", at={"e": 0}), ValueError, "bound by the name and by at",
     ),
-    "drop with pattern": (lambda: Rule("a", None, "a -> a"), ValueError, "takes no pattern"),
-    "wildcard": (lambda: Rule("a.*", "b.{i}"), ValueError, '"*" stands only in rules that drop'),
+    "drop to axes": (lambda: Rule("a", None, "a -> a"), ValueError, "no destination axes"),
+    "fill from axes": (lambda: Rule(None, "a", "a -> a", fill=0), ValueError, "no source axes"),
+    "no side": (lambda: Rule(None, None), ValueError, "both None"),
+    "wildcard": (lambda: Rule("a.*", "b.{i}"), ValueError, '"*" stands only in rules with one side'),
+    "span part": (lambda: Rule("a{*p}.x", "b"), ValueError, "stands for whole components"),
+    "span one side": (lambda: Rule("{*p}.x", "b", "a -> p a"), ValueError, "must then be an axis"),
+    "span mixed": (lambda: Rule("{*p}.x", "{p}.y"), ValueError, "the same way on both sides"),
+    "rows": (lambda: Rule("a", "b", rows="all"), ValueError, 'rows must be "overlap"'),
+    "rows pattern": (lambda: Rule("a", "b", "a -> a", rows="overlap"), ValueError, "without a pattern"),
+    "fill copy": (lambda: Rule("a", "b", fill=0), ValueError, "fill is for"),
+    "fill mean": (lambda: Rule(None, "b", fill="mean"), ValueError, "needs rows"),
+    "fill text": (lambda: Rule(None, "b", fill="ones"), ValueError, "fill must be"),
+    "fill type": (lambda: Rule(None, "b", fill=[0]), TypeError, "fill must be"),
+    "fill normal": (lambda: Rule(None, "b", fill={"normal": -1}), ValueError, "must be >= 0"),
+    "fill key": (lambda: Rule(None, "b", fill={"std": 1}), ValueError, 'must have "normal"'),
     "pattern": (lambda: Rule("a", "b", "a a -> a"), ValueError, "stands twice"),
 }  # fmt: skip
 
@@ -97,7 +110,9 @@ def test_wrong_rules_are_refused_when_made(name: str) -> None:
 parts = st.sampled_from(["h", "w", "0", "1", "w0"])
 name_texts = st.lists(parts, min_size=1, max_size=4).map(".".join)
 template_texts = st.lists(
-    st.one_of(parts, st.sampled_from(["{i}", "{j}", "w{i}", "{i}0"])), min_size=1, max_size=4
+    st.one_of(parts, st.sampled_from(["{i}", "{j}", "w{i}", "{i}0", "{*p}", "{*q}"])),
+    min_size=1,
+    max_size=4,
 ).map(".".join)
 
 
@@ -105,8 +120,7 @@ template_texts = st.lists(
 def test_the_tree_finds_what_trying_every_rule_finds(
     templates: list[str], names: list[str]
 ) -> None:
-    rules = [Rule(text, None) for text in templates]
-    index = RuleIndex(rules)
+    index = TemplateIndex([Template(text) for text in templates])
     for name in names:
         expected = [
             (k, bindings)
@@ -119,10 +133,40 @@ def test_the_tree_finds_what_trying_every_rule_finds(
 def test_matching_does_not_depend_on_the_number_of_rules() -> None:
     rules = [Rule(f"l.{{i}}.m.{{e}}.p{k}.w", f"x.{{i}}.{{e}}.p{k}") for k in range(400)]
     names = [f"l.{i}.m.{e}.p{(i + e) % 400}.w" for i in range(60) for e in range(400)]
-    index = RuleIndex(rules)
+    index = TemplateIndex([rule.source_template() for rule in rules])
     start = time.perf_counter()
     assert all(len(index.match(name)) == 1 for name in names)
     assert time.perf_counter() - start < 2
+
+
+def test_spans_bind_whole_components() -> None:
+    template = Template("{*p}.q_proj.{w}")
+    assert template.match("model.layers.0.attn.q_proj.weight") == {
+        "p": "model.layers.0.attn",
+        "w": "weight",
+    }
+    assert template.match("q_proj.weight") is None
+    assert template.match(".q_proj.weight") is None
+    assert Template("{*p}.x.{*p}").match("a.b.x.a.b") == {"p": "a.b"}
+    assert Template("{*p}.x.{*p}").match("a.b.x.a.c") is None
+
+
+def test_invert_twice_is_the_same() -> None:
+    rules = [
+        Rule("a.{i}", "b.{i}", "(g r d) e -> (g s d) e", at={"s": "0:r"}, g=8, d=128),
+        Rule("x.{e}.w", "experts.w", "o i -> e o i"),
+        Rule("k", "k", "h e -> (h r) e", at={"r": "*"}, r=2),
+        Rule("t", "t", rows="overlap"),
+        Rule("pooler.*", None),
+        Rule("qkv.bias", None, "(s h) ->", at={"s": 1}, s=3),
+        Rule(None, "head.{i}"),
+    ]
+    assert invert(invert(rules)) == rules
+    assert invert([Rule(None, "b", "-> (s h)", at={"s": 1}, s=3, fill=0.5)]) == [
+        Rule("b", None, "(s h) ->", at={"s": 1}, s=3)
+    ]
+    with pytest.raises(TypeError, match=r"rules\[0\] must be"):
+        invert(["a"])  # type: ignore[list-item]
 
 
 def test_name_filter() -> None:

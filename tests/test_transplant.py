@@ -373,14 +373,14 @@ def test_every_problem_in_one_error() -> None:
         "holes": torch.ones(3, 4),
         "more": torch.ones(1),
         "x": torch.ones(4),
-        "y": torch.ones(4),
+        "y": torch.ones(2),
         "away": torch.ones(1, device="meta"),
     }
     rules = [
         Rule("f", "fused.weight", "o i -> (s o) i", at={"s": 0}),
         Rule("nothing.like.this", "good.weight"),
         Rule("x", "twice"),
-        Rule("y", "twice"),
+        Rule("y", "twice", "h -> (s h)", at={"s": 1}),
         Rule("away", "fused.wieght"),
     ]
     written = [t for n, t in model.state_dict().items() if n not in ("nowhere", "holes")]
@@ -434,7 +434,7 @@ def test_one_problem_among_many_good_names(bad: str) -> None:
     elif bad == "meta":
         source[name] = source[name].to("meta")
     elif bad == "conflict":
-        source["again"] = source[name].clone()
+        source["again"] = source[name] + 1
         rules = [Rule(name, name), Rule("again", name)]
     else:
         source[name] = source[name].numpy()

@@ -1,0 +1,74 @@
+"""Modules that have a way of their own to load a state dict, which writing to their tensors goes past."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from .errors import Finding
+
+if TYPE_CHECKING:
+    from .destinations import Destination
+
+__all__ = ["HookCheck"]
+
+
+class HookCheck:
+    """Finds modules whose loading does more than copy.
+
+    torch's own layers that override `_load_from_state_dict` only bring old checkpoints up to date (batch
+    norm's counter, the names of parametrized weights): copying by name is what they come to. Anybody
+    else's hook may rename, reshape or compute, and is not gone past in silence.
+
+    Args:
+        hooks: "refuse": a finding for each such module that is written; "ignore": none.
+
+    Raises:
+        ValueError: another value.
+    """
+
+    def __init__(self, hooks: str) -> None:
+        if hooks not in ("refuse", "ignore"):
+            raise ValueError(f'hooks must be "refuse" or "ignore", got {hooks!r}')
+        self._ignore = hooks == "ignore"
+        self._known: dict[int, str] = {}
+
+    def finding(self, destination: Destination) -> Finding | None:
+        """Why a destination should not be written directly, or None."""
+        if self._ignore or destination.owner is None:
+            return None
+        for module in (destination.owner, *(parent for parent, _, _ in destination.path)):
+            reason = self._known.get(id(module))
+            if reason is None:
+                reason = self._known[id(module)] = _reason(module)
+            if reason:
+                return Finding(
+                    destination.name,
+                    "hook",
+                    f"{type(module).__name__} has {reason}, which a direct write would go past",
+                    "a module that loads by copying",
+                    'use load_state_dict, or hooks="ignore" to write its tensors as they are',
+                )
+        return None
+
+
+def _reason(module: nn.Module) -> str:
+    load = type(module)._load_from_state_dict
+    if load is not nn.Module._load_from_state_dict and not _of_torch(load):
+        return f"its own _load_from_state_dict ({load.__qualname__})"
+    for kind, hooks in (
+        ("load_state_dict pre-hook", module._load_state_dict_pre_hooks),
+        ("load_state_dict post-hook", module._load_state_dict_post_hooks),
+    ):
+        for hook in hooks.values():
+            # A pre-hook may be wrapped, to be given its module.
+            inner = getattr(hook, "hook", hook)
+            if not _of_torch(inner):
+                return f"a {kind} ({getattr(inner, '__qualname__', type(inner).__name__)})"
+    return ""
+
+
+def _of_torch(function: object) -> bool:
+    home = getattr(function, "__module__", None) or type(function).__module__
+    return home.startswith(("torch.nn.modules.", "torch.nn.utils."))

@@ -1,0 +1,262 @@
+"""Sources that come one tensor at a time: each is written before the next one is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import backend
+from .backend.native import same_bits
+from .casting import may_overflow, overflow_finding, overflows
+from .errors import Finding, PlanError
+from .fills import Constant
+from .journal import Journal, shielded, view_of
+from .judge import summary_of
+from .pieces import read_view, source_view
+from .plan import Options
+from .report import Report
+from .resolve import Resolver, Write, plan_error
+from .sources.lazy import Lazy
+from .torn import Torn, clear, mark, torn_error
+
+__all__ = ["is_stream", "transplant_stream"]
+
+Progress = Callable[[int, int], object]
+
+
+def is_stream(source: object) -> bool:
+    """Whether a source is an iterable of (name, tensor), rather than something that can be looked into.
+
+    >>> is_stream(iter({"a": 1}.items())), is_stream({"a": 1}), is_stream(["a.safetensors"])
+    (True, False, False)
+    """
+    return (
+        isinstance(source, Iterable)
+        and not isinstance(source, (nn.Module, Mapping, str, bytes, list, tuple, Tensor))
+        and not hasattr(source, "__fspath__")
+    )
+
+
+def transplant_stream(
+    model: nn.Module | Mapping[str, Tensor],
+    items: Iterable[tuple[str, Tensor]],
+    options: Options,
+    *,
+    atomic: bool = False,
+    requires_grad: bool | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Write the tensors of an iterable; see `paramkit.transplant`.
+
+    No tensor is held after it was written.
+    """
+    if options.device is not None:
+        raise ValueError(
+            "transplant: device is for sources whose names are known beforehand; give the model memory with "
+            "to_empty(device=...) to fill it from an iterable"
+        )
+    return _Stream(model, options, atomic, requires_grad, progress).run(items)
+
+
+class _Stream:
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, Tensor],
+        options: Options,
+        atomic: bool,
+        requires_grad: bool | None,
+        progress: Progress | None,
+    ) -> None:
+        self.model, self.options, self.progress = model, options, progress
+        resolving = options.resolving()
+        self.resolver = Resolver(model, **resolving, streaming=True)
+        self.requires_grad = requires_grad
+        if requires_grad is not None and not isinstance(requires_grad, bool):
+            raise TypeError(f"requires_grad must be True or False, got {requires_grad!r}")
+        self.journal = Journal() if atomic else None
+        self.written: set[int] = set()  # destinations
+        self.names: set[str] = set()  # of the source, so far
+        self.bytes = 0
+        self.done = self.tied = 0  # how many of the resolver's writes and ties are dealt with
+        self.storages = {
+            d.tensor.untyped_storage().data_ptr()
+            for d in self.resolver.destinations
+            if d.tensor.layout is torch.strided and not d.tensor.is_meta
+        }
+
+    def run(self, items: Iterable[tuple[str, Tensor]]) -> Report:
+        start = perf_counter()
+        try:
+            if self.resolver.findings:
+                raise plan_error(self.resolver.findings)
+            self._write()  # what rules fill without a source
+            for number, item in enumerate(items):
+                self._take(number, item)
+            resolved = self.resolver.finish()
+            self._write()  # what wildcards fill
+        except BaseException as error:
+            self._failed(error)
+            raise
+        names = [resolved.destinations[k].name for k in sorted(self.written)]
+        clear(self.model, names)
+        self._set_requires_grad()
+        families = ["copy"] * len(resolved.writes)
+        summary = summary_of(resolved, names, families, backend.active().NAME)
+        return Report(summary, perf_counter() - start)
+
+    # -- one tensor --
+
+    def _take(self, number: int, item: Any) -> None:
+        r = self.resolver
+        name, tensor = self._checked(number, item)
+        r.add(name, tensor)
+        if r.findings:
+            raise plan_error(r.findings)
+        self._check_values(name, tensor)
+        self._write()
+        # From here on its shape is all that is needed of it.
+        r.src_tensors[-1] = Lazy(tuple(tensor.shape), tensor.dtype, tensor.stride())
+
+    def _checked(self, number: int, item: Any) -> tuple[str, Any]:
+        if not (isinstance(item, tuple) and len(item) == 2):
+            raise PlanError(
+                "the source iterable cannot be used.",
+                [Finding(f"item {number}", "type", type(item).__name__, "a pair (name, tensor)")],
+            )
+        name, tensor = item
+        if not isinstance(name, str) or not isinstance(tensor, (Tensor, Lazy)):
+            what = Finding(
+                f"item {number}",
+                "type",
+                f"({type(name).__name__}, {type(tensor).__name__})",
+                "a name (str) and a tensor",
+            )
+            raise PlanError("the source iterable cannot be used.", [what])
+        if name in self.names:
+            raise PlanError(
+                "the source iterable cannot be used.",
+                [Finding(name, "conflict", "the same name again", "each name once")],
+            )
+        self.names.add(name)
+        if isinstance(tensor, Tensor):
+            tensor = tensor.detach()
+        return name, tensor
+
+    def _check_values(self, name: str, tensor: Any) -> None:
+        r = self.resolver
+        findings: list[Finding] = []
+        if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+            if tensor.numel() and tensor.untyped_storage().data_ptr() in self.storages:
+                findings.append(
+                    Finding(
+                        name,
+                        "conflict",
+                        "a tensor in the memory of a destination",
+                        "sources apart from destinations",
+                        "clone() the source",
+                    )
+                )
+        if self.options.overflow == "error" and not findings:
+            for write in r.writes[self.done :]:
+                d = r.destinations[write.dst]
+                if write.src < 0 or not may_overflow(tensor.dtype, d.tensor.dtype):
+                    continue
+                lost = overflows(d.tensor.dtype, _seen(tensor, write))
+                if lost is not None:
+                    findings.append(overflow_finding(d.name, name, d.tensor.dtype, lost))
+        if findings:
+            raise plan_error(findings)
+
+    def _write(self) -> None:
+        r = self.resolver
+        dsts, srcs = [], []
+        writes = r.writes[self.done :]
+        for write in writes:
+            d = r.destinations[write.dst].tensor
+            if 0 in write.sizes:
+                continue
+            dsts.append(view_of(d, write.sizes, write.dst_strides, write.dst_offset))
+            srcs.append(_seen(self._source(write), write))
+        self.done += len(writes)
+        ties = r.proof.ties[self.tied :]
+        self.tied += len(ties)
+        if dsts:
+            if self.journal is not None:
+                self.journal.note(dsts)
+            with torch.no_grad():
+                self.written.update(w.dst for w in writes)
+                backend.active().foreach_copy_(dsts, srcs)
+            self.bytes += sum(d.nbytes for d in dsts)
+            if self.progress is not None:
+                self.progress(self.bytes, 0)
+        for first, other in ties:
+            self._compare(first, other)
+
+    def _compare(self, first: Write, other: Write) -> None:
+        """A second source of the same elements must hold what was written from the first."""
+        d = self.resolver.destinations[first.dst]
+        held = view_of(d.tensor, first.sizes, first.dst_strides, first.dst_offset)
+        if not same_bits(held, _seen(self._source(other), other).to(held.device)):
+            names = self.resolver.src_names
+            raise plan_error(
+                [
+                    Finding(
+                        d.name,
+                        "conflict",
+                        "two different values for the same elements, "
+                        f"from {names[first.src]} and from {names[other.src]}",
+                        "one value for each element",
+                        "drop one of them with a rule: Rule(name, None)",
+                    )
+                ]
+            )
+
+    def _source(self, write: Write) -> Any:
+        r = self.resolver
+        return r.src_tensors[write.src] if write.src >= 0 else r.made[-1 - write.src][1]
+
+    # -- the end --
+
+    def _failed(self, error: BaseException) -> None:
+        if not self.written:
+            return
+        r = self.resolver
+        names = [r.destinations[k].name for k in sorted(self.written)]
+        if self.journal is not None:
+            shielded(self.journal.restore)
+            return
+        left = [
+            d.name
+            for k, d in enumerate(r.destinations)
+            if k not in self.written and not d.transient
+        ]
+        reason = (
+            "what is wrong shows only now that writing has begun"
+            if isinstance(error, PlanError)
+            else f"{type(error).__name__}: {error}"
+        )
+        state = Torn(tuple(names), tuple(left), reason)
+        mark(self.model, state)
+        if isinstance(error, Exception):
+            raise torn_error(state, getattr(error, "findings", ())) from error
+
+    def _set_requires_grad(self) -> None:
+        if self.requires_grad is None:
+            return
+        for k in self.written:
+            d = self.resolver.destinations[k]
+            if d.kind != "buffer" and (d.tensor.is_floating_point() or d.tensor.is_complex()):
+                d.tensor.requires_grad_(self.requires_grad)
+
+
+def _seen(source: Any, write: Write) -> Tensor:
+    """What a write reads."""
+    if isinstance(source, Constant):
+        return source.beside().expand(write.sizes)
+    if isinstance(source, Lazy):
+        return read_view(source, write)
+    return source_view(source, write)

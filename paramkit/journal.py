@@ -1,0 +1,75 @@
+"""What was there before a write, to put it back when a later one fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backend
+
+__all__ = ["Journal", "shielded", "view_of"]
+
+
+class Journal:
+    """Copies of what is about to be overwritten, and the way back.
+
+    It holds as many bytes as were noted, without what lies between the elements of a view.
+    """
+
+    def __init__(self) -> None:
+        self._saved: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(copy.nbytes for _, copy in self._saved)
+
+    def note(self, views: Iterable[Tensor]) -> None:
+        """Copy views of destinations, before they are written."""
+        views = [v for v in views if v.numel()]
+        copies = [torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in views]
+        if views:
+            with torch.no_grad():
+                backend.active().foreach_copy_(copies, views)
+        self._saved += zip(views, copies, strict=True)
+
+    def note_plan(self, compiled: Any) -> None:
+        """Copy all that a backend's plan is about to write."""
+        dsts = compiled.destinations()
+        self.note(view_of(dsts[d], *layout) for d, _, *layout in _dst_layouts(compiled))
+
+    def restore(self) -> None:
+        """Put everything back, the latest first. May be called again where it was interrupted."""
+        views = [v for v, _ in reversed(self._saved)]
+        copies = [c for _, c in reversed(self._saved)]
+        if views:
+            with torch.no_grad():
+                backend.active().foreach_copy_(views, copies)
+
+
+def _dst_layouts(compiled: Any) -> Iterable[tuple[Any, ...]]:
+    for write in compiled.writes():
+        d, s, sizes, dst_strides, dst_offset = tuple(write)[:5]
+        yield d, s, sizes, dst_strides, dst_offset
+
+
+def view_of(tensor: Tensor, sizes: Any, strides: Any, offset: int) -> Tensor:
+    """A detached view; the offset is relative to the tensor's first element."""
+    tensor = tensor.detach()
+    return tensor.as_strided(tuple(sizes), tuple(strides), tensor.storage_offset() + offset)
+
+
+def shielded(function: Callable[[], object]) -> None:
+    """Call a function that may be called again until it was not interrupted; interrupt then."""
+    interrupt: KeyboardInterrupt | None = None
+    while True:
+        try:
+            function()
+            break
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt

@@ -1,0 +1,403 @@
+"""Rule files: rules in YAML or TOML, with errors that name the line.
+
+    about: Conv1D layers of GPT-2 to linear ones
+    sizes: {heads: 12}          # axes that shapes do not tell; without a value: to be given by the caller
+    rules:
+      - {src: "h.{i}.attn.c_attn.weight", dst: "layers.{i}.qkv.weight", pattern: "i o -> o i"}
+      - {src: "h.{i}.attn.bias"}                      # no dst: dropped on purpose
+      - {dst: "layers.{i}.extra", fill: 0}            # no src: filled, or without fill kept on purpose
+
+A rule has the keys `src`, `dst`, `pattern`, `at`, `rows`, `fill`, `sizes`, with the meaning that they have
+in `paramkit.Rule`; `sizes` are its axis sizes. Values of sizes may be sums of products of the sizes on
+top: `"heads*64"`. The sizes on top hold for every rule that has an axis of that name, or uses it in `at`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import Finding, RuleFileError
+from .patterns import parse, parse_at
+from .rules import Rule
+
+__all__ = ["as_rules", "load_rules", "save_rules"]
+
+_TOP = ("about", "sizes", "rules")
+_KEYS = ("src", "dst", "pattern", "at", "rows", "fill", "sizes")
+_MOST_BYTES = 16 << 20
+
+
+def as_rules(rules: Any) -> tuple[Rule, ...]:
+    """The rules of a file, or those given.
+
+    Raises:
+        RuleFileError: a file that cannot be read.
+        TypeError: something that is no list of rules.
+    """
+    if isinstance(rules, (str, os.PathLike)):
+        return tuple(load_rules(rules))
+    if isinstance(rules, Rule):
+        raise TypeError(f"rules must be a list of rules, got one Rule; write [{rules}]")
+    return tuple(rules)
+
+
+def load_rules(path: str | os.PathLike[str], **sizes: int) -> list[Rule]:
+    """Read a rule file.
+
+    Args:
+        path: ends in `.yaml`, `.yml` or `.toml`. YAML needs the package PyYAML, and TOML on Python 3.10 the
+            package tomli: `pip install "paramkit[rules]"`.
+        sizes: values for the sizes on top of the file, in place of those there.
+
+    Returns:
+        The rules, in order.
+
+    Raises:
+        RuleFileError: with every problem, each with the file and the line.
+        ModuleNotFoundError: the package that reads it is not installed.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "rules.toml"
+        >>> save_rules([Rule("a.w", "b.w", "i o -> o i")], path)
+        >>> load_rules(path)
+        [Rule('a.w', 'b.w', 'i o -> o i')]
+    """
+    path = Path(path)
+    text = _text(path)
+    document = _read_toml(path, text) if path.suffix == ".toml" else _read_yaml(path, text)
+    return _Reader(path, document).rules(sizes)
+
+
+def save_rules(rules: Iterable[Rule], path: str | os.PathLike[str], about: str = "") -> None:
+    """Write rules to a file that `load_rules` reads.
+
+    Args:
+        rules: the rules.
+        path: ends in `.yaml`, `.yml` or `.toml`.
+        about: a line that says what they are for.
+
+    Raises:
+        RuleFileError: another suffix.
+        ModuleNotFoundError: PyYAML is not installed.
+    """
+    path = Path(path)
+    entries = [_entry(rule) for rule in rules]
+    if path.suffix == ".toml":
+        lines = [f"about = {json.dumps(about)}", ""] if about else []
+        for entry in entries:
+            lines += ["[[rules]]", *(f"{key} = {_toml(value)}" for key, value in entry.items()), ""]
+        path.write_text("\n".join(lines), encoding="utf-8")
+        return
+    if path.suffix not in (".yaml", ".yml"):
+        raise _one(path, 0, f'a file that ends in "{path.suffix}"', ".yaml, .yml or .toml")
+    yaml = _yaml()
+    lines = [yaml.safe_dump({"about": about}, width=1000).rstrip()] if about else []
+    lines += ["rules:"] if entries else ["rules: []"]
+    for entry in entries:
+        # One line a rule: a list of rules is read as a table.
+        flow = yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=10**6)
+        lines.append(f"  - {flow.strip()}")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _entry(rule: Rule) -> dict[str, Any]:
+    given = {
+        "src": rule.src,
+        "dst": rule.dst,
+        "pattern": rule.pattern,
+        "at": dict(rule.at) or None,
+        "rows": rule.rows,
+        "fill": None if rule.fill is None else rule.fill.plain(),
+        "sizes": dict(rule.axis_sizes) or None,
+    }
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key} = {_toml(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, float):
+        return repr(value)  # inf and nan are written the same way
+    return json.dumps(value)
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Value:
+    """A value and the line that it stands on; containers hold further ones."""
+
+    value: Any
+    line: int
+
+    def plain(self) -> Any:
+        if isinstance(self.value, dict):
+            return {key: inner.plain() for key, inner in self.value.items()}
+        if isinstance(self.value, list):
+            return [inner.plain() for inner in self.value]
+        return self.value
+
+
+def _text(path: Path) -> str:
+    if path.suffix not in (".yaml", ".yml", ".toml"):
+        raise _one(path, 0, f'a file that ends in "{path.suffix}"', ".yaml, .yml or .toml")
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise _one(path, 0, f"{path.stat().st_size} bytes", f"at most {_MOST_BYTES}")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise _one(path, 0, error.strerror or str(error), "a rule file") from error
+    except UnicodeDecodeError as error:
+        raise _one(path, 0, "bytes that are no UTF-8", "text") from error
+
+
+def _yaml() -> Any:
+    try:
+        import yaml
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'rule files in YAML need PyYAML: pip install "paramkit[rules]"', name="yaml"
+        ) from error
+    return yaml
+
+
+def _read_yaml(path: Path, text: str) -> _Value:
+    yaml = _yaml()
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        return _Value({}, 1) if node is None else _from_node(path, loader, node, 0)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise _one(path, mark.line + 1 if mark else 0, f"{error.problem}", "YAML") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        if isinstance(error, RuleFileError):
+            raise
+        raise _one(path, 0, f"{type(error).__name__}: {error}"[:300], "YAML") from error
+    finally:
+        loader.dispose()
+
+
+def _from_node(path: Path, loader: Any, node: Any, depth: int) -> _Value:
+    line = node.start_mark.line + 1
+    if depth > 6:
+        raise _one(path, line, "values nested deeper than a rule is")
+    if node.id == "mapping":
+        out: dict[Any, _Value] = {}
+        for key_node, value_node in node.value:
+            if key_node.id != "scalar":
+                raise _one(path, line, "a key that is no text")
+            key = key_node.value
+            if key in out:
+                raise _one(path, key_node.start_mark.line + 1, f'the key "{key}" twice')
+            out[key] = _from_node(path, loader, value_node, depth + 1)
+        return _Value(out, line)
+    if node.id == "sequence":
+        return _Value([_from_node(path, loader, n, depth + 1) for n in node.value], line)
+    return _Value(loader.construct_object(node), line)
+
+
+def _read_toml(path: Path, text: str) -> _Value:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        try:
+            import tomli as tomllib
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                'rule files in TOML need tomli on Python 3.10: pip install "paramkit[rules]"',
+                name="tomli",
+            ) from error
+    try:
+        document = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        found = re.search(r"at line (\d+)", str(error))
+        raise _one(path, int(found.group(1)) if found else 0, str(error), "TOML") from error
+    # The reader gives no lines: those of the tables are found in the text.
+    lines = [
+        n for n, line in enumerate(text.split("\n"), 1) if re.match(r"\s*\[\[\s*rules\s*\]\]", line)
+    ]
+    top = {key: _Value(value, _line_of(text, key)) for key, value in document.items()}
+    if isinstance(document.get("rules"), list):
+        rules = document["rules"]
+        top["rules"] = _Value(
+            [
+                _values(rule, lines[k] if k < len(lines) else top["rules"].line)
+                for k, rule in enumerate(rules)
+            ],
+            top["rules"].line,
+        )
+    if isinstance(document.get("sizes"), dict):
+        top["sizes"] = _values(document["sizes"], top["sizes"].line)
+    return _Value(top, 1)
+
+
+def _values(value: Any, line: int) -> _Value:
+    if isinstance(value, dict):
+        return _Value({key: _values(inner, line) for key, inner in value.items()}, line)
+    if isinstance(value, list):
+        return _Value([_values(inner, line) for inner in value], line)
+    return _Value(value, line)
+
+
+def _line_of(text: str, key: str) -> int:
+    for n, line in enumerate(text.split("\n"), 1):
+        if re.match(rf"\s*\[*\s*{re.escape(key)}\b", line):
+            return n
+    return 1
+
+
+class _Reader:
+    """A document to rules; problems are collected."""
+
+    def __init__(self, path: Path, document: _Value) -> None:
+        self.path, self.document = path, document
+        self.findings: list[Finding] = []
+
+    def rules(self, given: Mapping[str, int]) -> list[Rule]:
+        top = self.document.value
+        if not isinstance(top, dict):
+            raise _one(self.path, self.document.line, "a document without keys", "rules: [...]")
+        for key, value in top.items():
+            if key not in _TOP:
+                self._add(value.line, f'the key "{key}"', " or ".join(_TOP))
+        entries = top.get("rules")
+        if entries is None or not isinstance(entries.value, list):
+            line = 1 if entries is None else entries.line
+            self._add(line, "no list of rules", "rules: [...]")
+            entries = _Value([], line)
+        sizes = self._sizes(top.get("sizes"), given)
+        made = [self._rule(entry, sizes) for entry in entries.value]
+        if self.findings:
+            n = len(self.findings)
+            raise RuleFileError(
+                f"the rule file {self.path} has {n} {'problem' if n == 1 else 'problems'}.",
+                self.findings,
+            )
+        return [rule for rule in made if rule is not None]
+
+    def _sizes(self, declared: _Value | None, given: Mapping[str, int]) -> dict[str, int]:
+        sizes: dict[str, int] = {}
+        entries = {} if declared is None else declared.value
+        if not isinstance(entries, dict):
+            assert declared is not None
+            self._add(declared.line, "sizes that are no mapping", "sizes: {name: 12}")
+            entries = {}
+        for name in given:
+            if name not in entries:
+                known = ", ".join(entries) or "none"
+                self._add(0, f"a value for the size {name}", f"sizes that the file has: {known}")
+        for name, entry in entries.items():
+            value = given.get(name, entry.plain())
+            if value is None or value == "":
+                self._add(
+                    entry.line, f"no value for the size {name}", f"{name}=... from the caller"
+                )
+            else:
+                number = self._number(value, sizes, entry.line, f"the size {name}")
+                if number is not None:
+                    sizes[name] = number
+        return sizes
+
+    def _number(self, value: Any, sizes: Mapping[str, int], line: int, what: str) -> int | None:
+        """An int, or a sum of products of sizes."""
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, str):
+            try:
+                parsed = parse_at(value)
+            except ValueError as error:
+                self._add(line, str(error))
+                return None
+            if parsed.start is not None and not parsed.is_range:
+                number = parsed.start.value(sizes)
+                if number is not None:
+                    return number
+                unknown = [n for n in parsed.names if n not in sizes]
+                self._add(line, f'{what} = "{value}"', f"a value for {', '.join(unknown)}")
+                return None
+        self._add(line, f"{what} = {value!r}", "an int, or a sum of products of sizes")
+        return None
+
+    def _rule(self, entry: _Value, sizes: Mapping[str, int]) -> Rule | None:
+        if not isinstance(entry.value, dict):
+            self._add(entry.line, "no mapping", "a rule such as {src: a.w, dst: b.w}")
+            return None
+        fields = entry.value
+        unknown = [key for key in fields if key not in _KEYS]
+        for key in unknown:
+            self._add(fields[key].line, f'the key "{key}"', " or ".join(_KEYS))
+        if unknown:
+            return None
+        own: dict[str, int] = {}
+        at = fields["at"].plain() if "at" in fields else None
+        if "sizes" in fields:
+            listed = fields["sizes"]
+            if not isinstance(listed.value, dict):
+                self._add(listed.line, "sizes that are no mapping", "sizes: {g: 8}")
+                return None
+            for name, value in listed.value.items():
+                number = self._number(value.plain(), sizes, value.line, f"the size {name}")
+                if number is None:
+                    return None
+                own[name] = number
+        plain = {
+            k: fields[k].plain() for k in ("src", "dst", "pattern", "rows", "fill") if k in fields
+        }
+        try:
+            for name in self._names_in(plain.get("pattern"), at):
+                if name in sizes:
+                    own.setdefault(name, sizes[name])
+            return _made(plain, at, own)
+        except (ValueError, TypeError) as error:
+            self._add(entry.line, str(error))
+            return None
+
+    @staticmethod
+    def _names_in(pattern: Any, at: Any) -> set[str]:
+        names: set[str] = set()
+        if isinstance(pattern, str):
+            parsed = parse(pattern)
+            names |= {*parsed.src_axes, *parsed.dst_axes}
+        if isinstance(at, Mapping):
+            for value in at.values():
+                if isinstance(value, str):
+                    names |= set(parse_at(value).names)
+        return names
+
+    def _add(self, line: int, got: str, expected: str = "") -> None:
+        self.findings.append(_finding(self.path, line, got, expected))
+
+
+def _made(plain: Mapping[str, Any], at: Any, sizes: Mapping[str, int]) -> Rule:
+    reserved = [name for name in sizes if name in _KEYS]
+    if reserved:
+        raise ValueError(f'an axis cannot be named "{reserved[0]}", which is a key of rules')
+    return Rule(
+        plain.get("src"),
+        plain.get("dst"),
+        plain.get("pattern"),
+        at=at,
+        rows=plain.get("rows"),
+        fill=plain.get("fill"),
+        **sizes,
+    )
+
+
+def _finding(path: Path, line: int, got: str, expected: str = "") -> Finding:
+    return Finding(f"{path}:{line}" if line else str(path), "rule", got, expected)
+
+
+def _one(path: Path, line: int, got: str, expected: str = "") -> RuleFileError:
+    return RuleFileError(
+        f"the rule file {path} cannot be read.", [_finding(path, line, got, expected)]
+    )

@@ -1,0 +1,93 @@
+"""Putting a source into a model for a while: exchanged in place, or with a copy of what was there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from .conflicts import find_conflicts
+from .destinations import Destination
+from .journal import Journal, shielded
+from .resolve import Resolved
+from .stream import Streamed
+
+__all__ = ["Exchange"]
+
+SCRATCH_BYTES = 1 << 20  # a thread
+
+
+class Exchange:
+    """One source swapped in.
+
+    Args:
+        compiled: the plan.
+        resolved: its writes, with the sources in use.
+        own: whether the sources are the user's own memory, which may be written.
+
+    Attributes:
+        in_place: exchanged, without a copy.
+    """
+
+    def __init__(self, compiled: Any, resolved: Resolved, own: bool) -> None:
+        self._compiled = compiled
+        self.in_place = own and not isinstance(compiled, Streamed) and _one_to_one(resolved)
+        self._journal = Journal()
+        self._before = compiled.exchanges() if self.in_place else 0
+
+    def enter(self) -> bool:
+        """Put the source in. False, and nothing written, where a tensor is not what was planned for."""
+        if self.in_place:
+            return bool(self._compiled.exchange(SCRATCH_BYTES))
+        if isinstance(self._compiled, Streamed):
+            if self._compiled.replaced() or any(self._compiled.moved()):
+                return False
+            for step in self._compiled.loaded():
+                self._journal.note_plan(step.plan)
+                self._compiled.run_step(step)
+            return True
+        self._journal.note_plan(self._compiled)
+        return bool(self._compiled.run(None))
+
+    def leave(self) -> None:
+        """Put back what was there; nothing where nothing was put in."""
+        if self.in_place:
+            # Counted where it happens: an interrupt may come between an exchange and its return.
+            if (self._compiled.exchanges() - self._before) % 2:
+                self._compiled.exchange(SCRATCH_BYTES)
+        else:
+            shielded(self._journal.restore)
+
+
+def _one_to_one(resolved: Resolved) -> bool:
+    """Whether every source element goes to one destination element of its dtype, and none is shared."""
+    sources: list[Any] = resolved.source_tensors
+    if not all(isinstance(source, Tensor) for source in sources) or resolved.ties or resolved.made:
+        return False
+    if any(
+        sources[w.src].dtype != resolved.destinations[w.dst].tensor.dtype for w in resolved.writes
+    ):
+        return False
+    # The other way round, the sources are what is written: once each, as is proved of destinations.
+    back = Resolved(
+        [
+            Destination(name, t, None, name, "tensor")
+            for name, t in zip(resolved.source_names, sources)
+        ],
+        [d.name for d in resolved.destinations],
+        [d.tensor for d in resolved.destinations],
+        [
+            replace(
+                w,
+                dst=w.src,
+                src=w.dst,
+                dst_strides=w.src_strides,
+                dst_offset=w.src_offset,
+                src_strides=w.dst_strides,
+                src_offset=w.dst_offset,
+            )
+            for w in resolved.writes
+        ],
+    )
+    return not find_conflicts(back)

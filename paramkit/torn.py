@@ -1,0 +1,96 @@
+"""Models that a failed write left half old and half new, and how to know them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .errors import Finding, PlanError, fold_names
+
+__all__ = ["Torn", "TornError", "clear", "mark", "torn"]
+
+
+@dataclass(frozen=True)
+class Torn:
+    """A model in which some tensors were written and others were not.
+
+    Attributes:
+        written: destinations that hold the new values in full.
+        unwritten: destinations that hold the old values, or some of each.
+        reason: what went wrong.
+    """
+
+    written: tuple[str, ...]
+    unwritten: tuple[str, ...]
+    reason: str
+
+
+class TornError(PlanError):
+    """Writing failed half way: the model has new values in some tensors and old ones in others.
+
+    Attributes:
+        state: a `Torn`, with the names.
+    """
+
+    def __init__(
+        self, summary: str, findings: Sequence[Finding] = (), state: Torn | None = None
+    ) -> None:
+        super().__init__(summary, findings)
+        self.state = state
+
+    def __reduce__(self) -> tuple[type, Any]:
+        return type(self), (self.summary, self.findings, self.state)
+
+
+_torn: weakref.WeakKeyDictionary[nn.Module, Torn] = weakref.WeakKeyDictionary()
+
+
+def torn(model: nn.Module) -> Torn | None:
+    """What a failed write left of a model, or None where it is whole.
+
+    A model is torn from a failure that showed only while writing (a read error, a device out of memory,
+    an interrupt), without `atomic=True`, until a plan that writes all of those tensors has succeeded.
+
+    Args:
+        model: the module that was given to `transplant` or `plan`.
+
+    >>> import torch, paramkit
+    >>> paramkit.torn(torch.nn.Linear(2, 2)) is None
+    True
+    """
+    return _torn.get(model)
+
+
+def mark(model: object, state: Torn) -> None:
+    """Say that a model is torn; mappings cannot be marked, the error alone says it."""
+    if isinstance(model, nn.Module):
+        _torn[model] = state
+
+
+def clear(model: object, written: Sequence[str]) -> None:
+    """Say that tensors of a model were written in one go; where these are all, it is whole again."""
+    if isinstance(model, nn.Module):
+        state = _torn.get(model)
+        if state is not None and {*state.written, *state.unwritten} <= set(written):
+            del _torn[model]
+
+
+def torn_error(state: Torn, findings: Sequence[Finding] = ()) -> TornError:
+    """The error that reports a torn state."""
+
+    def some(names: Sequence[str]) -> str:
+        folded = [name for name, _ in fold_names(names)]
+        return ", ".join(folded[:6]) + (f", and {len(folded) - 6} more" if len(folded) > 6 else "")
+
+    total = len(state.written) + len(state.unwritten)
+    return TornError(
+        f"writing failed half way, and the model is torn: {len(state.written)} of {total} tensors hold the new "
+        f"values ({some(state.written)}), the others do not ({some(state.unwritten)}): {state.reason}. "
+        "Write it again, or use atomic=True, which puts back what was there.",
+        findings,
+        state,
+    )
