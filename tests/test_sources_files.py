@@ -269,6 +269,20 @@ def test_read_many_with_ranges_that_overlap(big: tuple[StoredFile, Tensor]) -> N
         assert torch.equal(out, content[at : at + n])
 
 
+def test_neighbours_in_memory_too_are_one_piece(
+    big: tuple[StoredFile, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, content = big
+    calls = []
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *a: calls.append(a) or real(*a))
+    memory = torch.full((3000 * 40 + 20,), 0xAB, dtype=torch.uint8)
+    file.read_many([(7 + 40 * k, memory[10 + 40 * k : 50 + 40 * k]) for k in range(3000)])
+    assert [len(buffers) for _, buffers, _ in calls] == [1]
+    assert torch.equal(memory[10:-10], content[7 : 7 + 3000 * 40])
+    assert (memory[:10] == 0xAB).all() and (memory[-10:] == 0xAB).all()
+
+
 def test_neighbours_are_read_by_one_call(
     big: tuple[StoredFile, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,15 +300,15 @@ def test_partial_reads_are_continued(
     file, content = big
     real = os.preadv
 
-    def some(fd: int, buffers: list[memoryview], offset: int) -> int:
-        # The first piece, cut, or the first two pieces.
-        if len(buffers) > 1:
-            return real(fd, [buffers[0], buffers[1][: len(buffers[1]) // 2 + 1]], offset)
-        return real(fd, [buffers[0][: len(buffers[0]) // 3 + 1]], offset)
+    def some(fd: int, buffers: list[Any], offset: int) -> int:
+        # A part of the first piece, or the first piece and a part of the second.
+        views = [memoryview(b) for b in buffers[:2]]
+        return real(fd, [*views[:-1], views[-1][: len(views[-1]) // 2 + 1]], offset)
 
     monkeypatch.setattr(os, "preadv", some)
     outs = [torch.empty(n, dtype=torch.uint8) for n in (1, 77, 1000, 3)]
-    file.read_many([(sum((1, 77, 1000, 3)[:k]), out) for k, out in enumerate(outs)])
+    starts = (0, 1, 78, 1078)
+    file.read_many(list(zip(starts, outs)))
     assert torch.equal(torch.cat(outs), content[:1081])
 
 
@@ -316,7 +330,7 @@ def test_an_error_of_the_disk_is_an_error_of_the_source(
     file, content = big
     real = os.preadv
 
-    def failing(fd: int, buffers: list[memoryview], offset: int) -> int:
+    def failing(fd: int, buffers: list[Any], offset: int) -> int:
         if offset >= at * reading.BLOCK:
             raise OSError(5, "Input/output error")
         return real(fd, buffers, offset)
@@ -334,7 +348,7 @@ def test_after_an_interrupt_nobody_writes_any_more(
     real, here = os.preadv, threading.get_ident()
     helping, interrupted = threading.Event(), threading.Event()
 
-    def slow(fd: int, buffers: list[memoryview], offset: int) -> int:
+    def slow(fd: int, buffers: list[Any], offset: int) -> int:
         if threading.get_ident() == here:
             assert helping.wait(10)
             interrupted.set()

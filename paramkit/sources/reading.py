@@ -6,6 +6,7 @@ SIGBUS, and `pread` comes back short, which is an error that can be caught.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import stat
@@ -36,10 +37,11 @@ SPLIT = 2 << 20
 GAP = 4 << 10
 
 _IOV_MAX = 1024  # Linux's, for one call
-_WASTE = memoryview(bytearray(GAP))
+_waste = ctypes.create_string_buffer(GAP)
+_WASTE = ctypes.addressof(_waste)
 
-# (offset in the file, the pieces of memory that follow each other from there, their bytes together)
-_Run = tuple[int, list[memoryview], int]
+# (offset in the file, the pieces of memory (address, bytes) that are filled from there on, their bytes together)
+_Run = tuple[int, list[tuple[int, int]], int]
 
 
 class StoredFile:
@@ -65,9 +67,11 @@ class StoredFile:
         >>> bytes(out.tolist())
         b'ight'
         >>> _ = open(path, "wb").write(b"other")
-        >>> file.check()
-        Traceback (most recent call last):
-        paramkit.errors.SourceError: the source file is not what it was. Nothing was written...
+        >>> try:
+        ...     file.check()
+        ... except SourceError as error:
+        ...     print(error.summary)
+        the source file is not what it was. Nothing was written.
         >>> os.remove(path)
     """
 
@@ -147,7 +151,8 @@ class StoredFile:
         Raises:
             SourceError, ValueError: as `read`.
         """
-        runs = _merge([(offset, _memory(out)) for offset, out in ranges])
+        ranges = list(ranges)  # which holds the memory until it is filled
+        runs = _merge([(offset, _address(out), len(out)) for offset, out in ranges])
         jobs = [job for run in runs for job in _blocks(run)]
         if len(jobs) > 1 and sum(run[2] for run in runs) >= SPLIT:
             self._read_in_turn(jobs)
@@ -208,11 +213,11 @@ class StoredFile:
 
     def _read_run(self, run: _Run) -> None:
         offset, pieces, left = run
-        pieces = list(pieces)
         at = 0
         while left:
+            some = [_buffer(*piece) for piece in pieces[at : at + _IOV_MAX]]
             try:
-                count = os.preadv(self._fd, pieces[at : at + _IOV_MAX], offset)
+                count = os.preadv(self._fd, some, offset)
             except OSError as error:
                 raise self._system_fault(error) from error
             if count == 0:
@@ -223,11 +228,12 @@ class StoredFile:
                 )
             offset, left = offset + count, left - count
             while count:
-                have = len(pieces[at])
-                if count < have:
-                    pieces[at] = pieces[at][count:]
+                address, length = pieces[at]
+                if count < length:
+                    pieces = [(address + count, length - count), *pieces[at + 1 :]]
+                    at = 0
                     break
-                count -= have
+                count -= length
                 at += 1
 
     def _system_fault(self, error: Exception) -> SourceError:
@@ -242,37 +248,53 @@ class StoredFile:
         )
 
 
-def _memory(out: Tensor) -> memoryview:
+def _address(out: Tensor) -> int:
     if (
         out.dtype != torch.uint8
         or out.dim() != 1
-        or out.device.type != "cpu"
+        or not out.is_cpu
         or not out.is_contiguous()
+        or type(out) is not torch.Tensor
     ):
         raise ValueError(
             f"out is {out.dtype} {tuple(out.shape)} on {out.device}, "
             "expected a contiguous 1-d torch.uint8 tensor on the CPU"
         )
-    return memoryview(out.numpy())
+    return out.data_ptr()
 
 
-def _merge(ranges: list[tuple[int, memoryview]]) -> list[_Run]:
-    """Ranges as runs in file order. A range that overlaps the one before starts a run of its own."""
+def _buffer(address: int, length: int) -> ctypes.Array[ctypes.c_char]:
+    return (ctypes.c_char * length).from_address(address)
+
+
+def _merge(ranges: list[tuple[int, int, int]]) -> list[_Run]:
+    """Ranges (offset, address, bytes) as runs in file order.
+
+    What follows each other in the file and in memory becomes one piece. A range that overlaps the one
+    before starts a run of its own.
+    """
     runs: list[_Run] = []
-    end = -1
-    for offset, piece in sorted(ranges, key=lambda r: r[0]):
-        if not len(piece):
+    pieces: list[tuple[int, int]] = []
+    start = end = behind = -1  # of the run in the file, and the address behind its last piece
+    ranges.sort()
+    for offset, address, length in ranges:
+        if not length:
             continue
         gap = offset - end
-        if runs and 0 <= gap <= GAP:
-            first, pieces, length = runs[-1]
+        if pieces and gap == 0 and address == behind:
+            first, before = pieces[-1]
+            pieces[-1] = first, before + length
+        elif pieces and 0 <= gap <= GAP:
             if gap:
-                pieces.append(_WASTE[:gap])
-            pieces.append(piece)
-            runs[-1] = first, pieces, length + gap + len(piece)
+                pieces.append((_WASTE, gap))
+            pieces.append((address, length))
         else:
-            runs.append((offset, [piece], len(piece)))
-        end = offset + len(piece)
+            if pieces:
+                runs.append((start, pieces, end - start))
+            start, pieces = offset, [(address, length)]
+        end, behind = offset + length, address + length
+    if pieces:
+        runs.append((start, pieces, end - start))
     return runs
 
 
@@ -282,14 +304,13 @@ def _blocks(run: _Run) -> list[_Run]:
     if length < SPLIT and len(pieces) <= _IOV_MAX:
         return [run]
     blocks: list[_Run] = []
-    current: list[memoryview] = []
+    current: list[tuple[int, int]] = []
     size = 0
-    for piece in pieces:
-        while len(piece):
-            part = piece[: BLOCK - size]
-            current.append(part)
-            size += len(part)
-            piece = piece[len(part) :]
+    for address, left in pieces:
+        while left:
+            part = min(left, BLOCK - size)
+            current.append((address, part))
+            size, address, left = size + part, address + part, left - part
             if size == BLOCK or len(current) == _IOV_MAX:
                 blocks.append((offset, current, size))
                 offset, current, size = offset + size, [], 0
