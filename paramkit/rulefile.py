@@ -27,7 +27,7 @@ from .errors import Finding, RuleFileError
 from .patterns import parse, parse_at
 from .rules import Rule
 
-__all__ = ["as_rules", "load_rules", "save_rules"]
+__all__ = ["as_rules", "load_rules", "outline", "save_rules"]
 
 _TOP = ("about", "sizes", "rules")
 _KEYS = ("src", "dst", "pattern", "at", "rows", "fill", "sizes")
@@ -71,9 +71,21 @@ def load_rules(path: str | os.PathLike[str], **sizes: int) -> list[Rule]:
         [Rule('a.w', 'b.w', 'i o -> o i')]
     """
     path = Path(path)
-    text = _text(path)
-    document = _read_toml(path, text) if path.suffix == ".toml" else _read_yaml(path, text)
-    return _Reader(path, document).rules(sizes)
+    return _Reader(path, _document(path)).rules(sizes)
+
+
+def outline(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
+    """What a rule file says of itself: about, and its sizes, None for those that the caller gives.
+
+    Raises:
+        RuleFileError: it cannot be read.
+        ModuleNotFoundError: the package that reads it is not installed.
+    """
+    path = Path(path)
+    top = _document(path).plain()
+    about, sizes = (top.get("about"), top.get("sizes")) if isinstance(top, dict) else (None, None)
+    named = sizes.items() if isinstance(sizes, dict) else ()
+    return str(about or "").strip(), {n: None if v == "" else v for n, v in named}
 
 
 def save_rules(rules: Iterable[Rule], path: str | os.PathLike[str], about: str = "") -> None:
@@ -145,6 +157,11 @@ class _Value:
         if isinstance(self.value, list):
             return [inner.plain() for inner in self.value]
         return self.value
+
+
+def _document(path: Path) -> _Value:
+    text = _text(path)
+    return _read_toml(path, text) if path.suffix == ".toml" else _read_yaml(path, text)
 
 
 def _text(path: Path) -> str:
