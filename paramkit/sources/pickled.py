@@ -153,7 +153,11 @@ def _records(file: StoredFile) -> dict[int, int]:
                 if entry.file_size:
                     records[begin] = entry.file_size
                 keys.append((begin, int(inner[5:])))
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, EOFError) as error:
+    except _Elsewhere:
+        raise
+    except (
+        Exception
+    ) as error:  # zipfile raises many types at a damaged archive, RuntimeError among them
         raise _Elsewhere from error
     # torch works offsets out from the order in which it writes. Another tool may have written another order.
     if [key for _, key in sorted(keys)] != list(range(len(keys))):
@@ -192,7 +196,7 @@ def _load(file: StoredFile, **options: Any) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # torch raises whatever its insides raise at a damaged file
-        text = str(error).partition("\n")[0]
+        text = str(error).partition("\n")[0].partition(" This is an internal miniz")[0]
         if "TorchScript" in text:
             raise file.fault(
                 "a TorchScript archive, which holds code",
