@@ -247,6 +247,11 @@ class Proof:
                 continue
             if self._read_in_full(s, reads or [], parts or [], may) and parts:
                 dropped.append(f"{name} (in part)")
+        if unexpected and not r.streaming:
+            # Tied: what is read under one name is read, under whatever other names it stands. An iterator may
+            # give different tensors in the same memory.
+            read = {memory_key(r.src_tensors[s]) for s in self._reads}
+            unexpected = [s for s in unexpected if memory_key(r.src_tensors[s]) not in read]
         self._report_unexpected(unexpected)
         return dropped
 
