@@ -167,14 +167,14 @@ def _line(row: Sequence[str], widths: Sequence[int]) -> str:
 
 def _fit(text: str, width: int) -> str:
     """Text in exactly `width` columns: padded, or shortened."""
-    return (text if len(text) <= width else _shortened(text, width)).ljust(width)
+    return (text if len(text) <= width else shortened(text, width)).ljust(width)
 
 
-def _shortened(name: str, width: int) -> str:
+def shortened(name: str, width: int) -> str:
     """A name without some of its components, the telling ones kept: numbers, and those at the end.
 
     Example:
-        >>> _shortened("encoder.layer.{0..5}.attention.self.query.weight", 36)
+        >>> shortened("encoder.layer.{0..5}.attention.self.query.weight", 36)
         '..{0..5}.attention.self.query.weight'
     """
     parts = _components(name)

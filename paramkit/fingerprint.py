@@ -6,7 +6,7 @@ import hashlib
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .blocks import boxes, cut
+from .blocks import boxes, cut, gather
 from .destinations import layout_finding, memory_key
 from .errors import Finding, SourceError
 from .sources import Lazy, StoredFile, open_source
@@ -32,9 +32,6 @@ BLOCK = 1 << 20
 # A tensor that lies in a file in another order than its own is gathered in pieces. Each piece reads a run of every
 # stored row, so larger pieces mean longer runs.
 PIECE = 16 << 20
-# What lies between the wanted elements of a file is read too, if it is no more than this many times as much.
-SPREAD = 8
-FEW = 4096  # bytes, which cost the same to read as one
 SMALL = 1 << 20  # bytes in all, below which no thread is worth starting
 MAX_THREADS = 16
 
@@ -273,22 +270,5 @@ def _gathered(tensor: Lazy) -> Iterator[Tensor]:
         shape = [n for _, n in box]
         begin = sum(start * step for (start, _), step in zip(box, tensor.strides))
         used = out[: torch.Size(shape).numel() * size]
-        _gather(tensor, begin, tensor.strides, used.view(integer).view(shape), scratch)
+        gather(tensor, begin, tensor.strides, used.view(integer).view(shape), scratch)
         yield used
-
-
-def _gather(tensor: Lazy, begin: int, strides: Sequence[int], out: Tensor, scratch: Tensor) -> None:
-    """Read elements `begin + i * strides` into `out`, in ranges that fit into `scratch` and hold little else."""
-    size = tensor.element_size()
-    reach = [(n - 1) * step for n, step in zip(out.shape, strides)]
-    span = (1 + sum(reach)) * size
-    if span <= len(scratch) and span <= max(FEW, SPREAD * out.numel() * size):
-        raw = scratch[:span]
-        tensor.read_into(begin * size, begin * size + span, raw)
-        out.copy_(raw.view(out.dtype).as_strided(out.shape, tuple(strides)))
-        return
-    widest = max(range(out.dim()), key=reach.__getitem__)
-    half = out.shape[widest] // 2
-    _gather(tensor, begin, strides, out.narrow(widest, 0, half), scratch)
-    second = out.narrow(widest, half, out.shape[widest] - half)
-    _gather(tensor, begin + half * strides[widest], strides, second, scratch)

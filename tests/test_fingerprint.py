@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from paramkit import SourceError
+from paramkit import SourceError, blocks
 from paramkit.fingerprint import ALGORITHMS, fingerprint
 from paramkit.sources import Lazy, open_source
 from tests.cases import DTYPES, random_bits
@@ -262,7 +262,7 @@ def test_lazy_tensors_of_random_layouts(monkeypatch: pytest.MonkeyPatch) -> None
         rng = random.Random(seed)
         monkeypatch.setattr(MODULE, "BLOCK", rng.choice((16, 64, 1 << 20)))
         monkeypatch.setattr(MODULE, "PIECE", rng.choice((16, 64, 512, 16 << 20)))
-        monkeypatch.setattr(MODULE, "FEW", rng.choice((0, 16, 4096)))
+        monkeypatch.setattr(blocks, "FEW", rng.choice((0, 16, 4096)))
         dtype = rng.choice(DTYPES)
         tensor = place(random_layout(rng, random_shape(rng)), dtype, seed)
         lazy = Memory(tensor)

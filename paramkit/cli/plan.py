@@ -1,0 +1,100 @@
+"""`paramkit plan`: every write of a transplant from file to file, proven and shown; nothing is written."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from ..conflicts import find_conflicts
+from ..explain import explain
+from ..judge import conflict_finding, conversion_findings, summary_of
+from ..resolve import Resolved, plan_error, resolve
+from .options import Job, add_transplant, parser, repeated, wrong
+from .text import dtype_text, say, say_json
+
+__all__ = ["add", "proven"]
+
+
+def add(commands: Any) -> None:
+    command = parser(
+        commands,
+        "plan",
+        "show what a transplant would write, and prove that nothing is missing",
+        "Work out every write of a transplant from file to file, prove that each element is written once and\n"
+        "each source read, and show the writes. Only headers are read; nothing is written.",
+        "paramkit plan gpt2.safetensors --rules gpt2.yaml --set heads=12 --dtype bfloat16",
+    )
+    add_transplant(command)
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    trouble = unusable(options)
+    if trouble:
+        return wrong("plan", trouble)
+    resolved = proven(Job.of(options))
+    if options.json:
+        say_json(as_data(resolved))
+    else:
+        say(explain(resolved))
+    return 0
+
+
+def unusable(options: argparse.Namespace) -> str | None:
+    """What is wrong with options that are fine one by one."""
+    if options.sizes and not options.rules:
+        return "--set is for the sizes of a rule file, and there are no --rules"
+    twice = repeated(options.sizes)
+    return f"--set {twice} is given twice" if twice else None
+
+
+def proven(job: Job) -> Resolved:
+    """The writes of a job, proven complete and apart.
+
+    Raises:
+        PlanError: with everything that is wrong.
+    """
+    device = torch.device("cpu")
+    resolved = resolve(job.targets, job.source, job.rules, **job.settings, device=device)
+    findings = conversion_findings(resolved)
+    findings += [
+        conflict_finding(resolved, c.kind, c.first, c.second) for c in find_conflicts(resolved)
+    ]
+    if findings:
+        raise plan_error(findings)
+    return resolved
+
+
+def as_data(resolved: Resolved) -> dict[str, Any]:
+    """A plan as plain data."""
+    names = [d.name for d in resolved.destinations]
+    summary = summary_of(resolved, names, [], "")
+    return {
+        "writes": [
+            {
+                "destination": names[w.dst],
+                "source": None if _is_made(resolved, w.src) else resolved.source_names[w.src],
+                "pattern": w.text,
+                "sizes": list(w.sizes),
+                "source_dtype": dtype_text(resolved.source_tensors[w.src].dtype),
+                "destination_dtype": dtype_text(resolved.destinations[w.dst].tensor.dtype),
+            }
+            for w in resolved.writes
+        ],
+        "destinations": {
+            d.name: {"shape": list(d.tensor.shape), "dtype": dtype_text(d.tensor.dtype)}
+            for d in resolved.destinations
+        },
+        "elements": summary.elements,
+        "bytes": summary.bytes,
+        "kept": resolved.kept,
+        "partial": resolved.partial,
+        "dropped": resolved.dropped,
+    }
+
+
+def _is_made(resolved: Resolved, source: int) -> bool:
+    """Whether a rule's fill made this source."""
+    return source >= len(resolved.source_names) - resolved.made
