@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import backend
 from .backend import status
 from .errors import Finding, PlanError, RuleFileError, SourceError, UnknownNameError
+from .fingerprint import fingerprint
 from .loading import load_state_dict
 from .ops import copy_, fill_, foreach_copy_, foreach_fill_
 from .plan import Plan, plan
@@ -35,6 +36,7 @@ __all__ = [
     "backend",
     "copy_",
     "fill_",
+    "fingerprint",
     "foreach_copy_",
     "foreach_fill_",
     "invert",

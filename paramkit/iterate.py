@@ -16,6 +16,7 @@ from .errors import Finding, PlanError
 from .fills import Constant
 from .journal import Journal, shielded, view_of
 from .judge import summary_of
+from .ops import foreach_copy_
 from .pieces import read_view, source_view
 from .plan import Options
 from .report import Report
@@ -189,7 +190,7 @@ class _Stream:
                 self.journal.note(dsts)
             with torch.no_grad():
                 self.written.update(w.dst for w in writes)
-                backend.active().foreach_copy_(dsts, srcs)
+                foreach_copy_(dsts, srcs)
             self.bytes += sum(d.nbytes for d in dsts)
             if self.progress is not None:
                 self.progress(self.bytes, 0)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backend
+from .ops import foreach_copy_
 
 __all__ = ["Journal", "shielded", "view_of"]
 
@@ -33,7 +33,7 @@ class Journal:
         copies = [torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in views]
         if views:
             with torch.no_grad():
-                backend.active().foreach_copy_(copies, views)
+                foreach_copy_(copies, views)
         self._saved += zip(views, copies, strict=True)
 
     def note_plan(self, compiled: Any) -> None:
@@ -47,7 +47,7 @@ class Journal:
         copies = [c for _, c in reversed(self._saved)]
         if views:
             with torch.no_grad():
-                backend.active().foreach_copy_(views, copies)
+                foreach_copy_(views, copies)
 
 
 def _dst_layouts(compiled: Any) -> Iterable[tuple[Any, ...]]:

@@ -15,8 +15,6 @@ from .stream import Streamed
 
 __all__ = ["Exchange"]
 
-SCRATCH_BYTES = 1 << 20  # a thread
-
 
 class Exchange:
     """One source swapped in.
@@ -39,7 +37,7 @@ class Exchange:
     def enter(self) -> bool:
         """Put the source in. False, and nothing written, where a tensor is not what was planned for."""
         if self.in_place:
-            return bool(self._compiled.exchange(SCRATCH_BYTES))
+            return bool(self._compiled.exchange())
         if isinstance(self._compiled, Streamed):
             if self._compiled.replaced() or any(self._compiled.moved()):
                 return False
@@ -55,7 +53,7 @@ class Exchange:
         if self.in_place:
             # Counted where it happens: an interrupt may come between an exchange and its return.
             if (self._compiled.exchanges() - self._before) % 2:
-                self._compiled.exchange(SCRATCH_BYTES)
+                self._compiled.exchange()
         else:
             shielded(self._journal.restore)
 

@@ -26,7 +26,4 @@ void set_stream_bytes(int64_t bytes);
 // destination memory; tasks run in order when it is 1.
 void run(const Program& program, size_t first, size_t last, int threads, Parallel parallel);
 
-// Whether the destination holds what its source says, bit for bit (after a cast, any NaN equals any).
-bool equal(const Program& program, const Task& task);
-
 }  // namespace paramkit::cpu

@@ -133,5 +133,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            }))
       .def("run",
            torch::wrap_pybind_function([](Plan& plan, const py::object& progress) { return plan.run(progress); }))
+      .def("exchange", torch::wrap_pybind_function([](Plan& plan) { return plan.exchange(); }))
+      .def("exchanges", &Plan::exchanges)
       .def("verify", &Plan::verify);
 }

@@ -459,10 +459,44 @@ void Plan::run_in_pieces(const py::object& progress) {
   while (native < native_.size()) run_native();
 }
 
+bool Plan::exchange() {
+  for (const Write& write : writes_) {
+    const at::Tensor& dst = dsts_[static_cast<size_t>(write.dst)];
+    const at::Tensor& src = srcs_[static_cast<size_t>(write.src)];
+    if (dst.dtype() != src.dtype()) throw py::value_error("exchange: a write converts, and cannot be turned round");
+    for (size_t i = 0; i < write.sizes.size(); ++i) {
+      if (write.sizes[i] > 1 && write.src_strides[i] == 0) {
+        throw py::value_error("exchange: a write repeats its source, and cannot be turned round");
+      }
+    }
+  }
+  bool recorded = false;
+  if (!intact(recorded)) return false;
+  bump_versions(dst_snapshots_.size(), [this](size_t i) { return dst_snapshots_[i].impl; });
+  bump_versions(src_snapshots_.size(), [this](size_t i) { return src_snapshots_[i].impl; });
+  std::vector<uint32_t> by_torch = native_;
+  for (const Other& other : others_) by_torch.insert(by_torch.end(), other.write_of.begin(), other.write_of.end());
+  if (!by_torch.empty()) {
+    const at::NoGradGuard no_grad;
+    for (uint32_t w : by_torch) {
+      const Write& write = writes_[w];
+      const at::Tensor dst = view(dsts_[static_cast<size_t>(write.dst)], write, true);
+      const at::Tensor src = view(srcs_[static_cast<size_t>(write.src)], write, false);
+      const at::Tensor kept = dst.clone();
+      dst.copy_(src);
+      src.copy_(kept);
+    }
+  }
+  exchange_tasks(program_);
+  ++exchanges_;
+  return true;
+}
+
 std::vector<int64_t> Plan::verify() const {
   std::vector<int64_t> differ;
-  for (size_t t = 0; t < program_.tasks.size(); ++t) {
-    if (!cpu::equal(program_, program_.tasks[t])) differ.push_back(task_write_[t]);
+  const std::vector<char> same = compare_tasks(program_);
+  for (size_t t = 0; t < same.size(); ++t) {
+    if (!same[t]) differ.push_back(task_write_[t]);
   }
   std::vector<uint32_t> by_torch = native_;
   for (const Other& other : others_) by_torch.insert(by_torch.end(), other.write_of.begin(), other.write_of.end());

@@ -66,6 +66,13 @@ class Plan {
   // progress(done_bytes, total_bytes) is called now and then.
   bool run(const pybind11::object& progress);
 
+  // Swaps both sides of every write, bit for bit. The caller knows that no memory is part of two sides.
+  // False, and nothing written, as run(). Throws, and nothing written, where a write converts or repeats.
+  bool exchange();
+
+  // How many exchanges were done: told apart from their calls, behind which an interrupt may come.
+  int64_t exchanges() const { return exchanges_; }
+
   // Indices of the writes whose destination does not hold what the source says.
   std::vector<int64_t> verify() const;
 
@@ -122,6 +129,7 @@ class Plan {
   std::vector<Write> writes_;
   std::vector<Slot> slots_;
   bool follow_autograd_, ordered_;
+  int64_t exchanges_ = 0;
   Counts orphan_counts_[2];     // of a tensor, and of the base of a view
   std::vector<Range> written_;  // the memory of all destinations, sorted and merged
 

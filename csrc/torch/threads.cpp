@@ -4,6 +4,8 @@
 
 #include "core/classify.h"
 #include "core/overlap.h"
+#include "cpu/equal.h"
+#include "cpu/exchange.h"
 #include "cpu/run.h"
 #include "torch/devices.h"
 
@@ -23,6 +25,16 @@ ReleaseGil::ReleaseGil(bool wanted) : state_(wanted && PyGILState_Check() ? PyEv
 
 ReleaseGil::~ReleaseGil() {
   if (state_ != nullptr) PyEval_RestoreThread(static_cast<PyThreadState*>(state_));
+}
+
+std::vector<char> compare_tasks(const Program& program) {
+  const ReleaseGil released(program.bytes >= kReleaseGil);
+  return cpu::equal(program, threads(), parallel);
+}
+
+void exchange_tasks(const Program& program) {
+  const ReleaseGil released(program.bytes >= kReleaseGil);
+  cpu::exchange(program, threads(), parallel);
 }
 
 void run_tasks(const Program& program, size_t first, size_t last, bool disjoint) {

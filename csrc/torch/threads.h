@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <vector>
 
 #include "core/task.h"
 #include "torch/tensors.h"
@@ -75,7 +76,13 @@ class ReleaseGil {
 // looked at, and tasks that share memory run in order.
 void run_tasks(const Program& program, size_t first, size_t last, bool disjoint);
 
-// The same, whatever CPU tensors stand for.
+// For each task, whether its destination holds what its source says: cpu::equal on torch's threads.
+std::vector<char> compare_tasks(const Program& program);
+
+// Swaps the two sides of each task: cpu::exchange on torch's threads.
+void exchange_tasks(const Program& program);
+
+// As run_tasks, whatever CPU tensors stand for.
 void run_on_host(const Program& program, size_t first, size_t last, bool disjoint);
 
 }  // namespace paramkit

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -112,6 +112,7 @@ class Plan:
         self._follow_autograd = follow_autograd
         self._seen = [_fingerprint(t) for t in self._dsts]
         self._seen_srcs = [_fingerprint(t) for t in self._srcs]
+        self._exchanges = 0
 
     def families(self) -> list[str]:
         return ["native"] * len(self._writes)
@@ -205,6 +206,47 @@ class Plan:
         _count(n)
         return True
 
+    def exchange(self) -> bool:
+        """Swap both sides of every write. False, and nothing written, as `run`.
+
+        The caller knows that no memory is part of two sides. An interrupt is raised when all is done.
+
+        Raises:
+            ValueError: a write converts or repeats its source.
+        """
+        for d, s, sizes, _, _, src_strides, _ in self._writes:
+            if self._dsts[d].dtype != self._srcs[s].dtype:
+                raise ValueError("exchange: a write converts, and cannot be turned round")
+            if any(n > 1 and st == 0 for n, st in zip(sizes, src_strides)):
+                raise ValueError("exchange: a write repeats its source, and cannot be turned round")
+        if self.replaced() or any(self.moved()):
+            return False
+        pairs = [self._views(i, detach=True) for i in range(len(self._writes))]
+        blocks = (block for pair in pairs for block in _blocks(*pair))
+        interrupt: KeyboardInterrupt | None = None
+        for dst, src in blocks:
+            kept: Tensor | None = None
+            stage = 0
+            while stage < 3:  # each stage may be done again where it was interrupted
+                try:
+                    if stage == 0:
+                        kept = dst.clone()
+                    elif stage == 1:
+                        dst.copy_(src)
+                    else:
+                        src.copy_(kept)
+                    stage += 1
+                except KeyboardInterrupt as error:
+                    interrupt = error
+        self._exchanges += 1
+        if interrupt is not None:
+            raise interrupt
+        return True
+
+    def exchanges(self) -> int:
+        """How many exchanges were done: told apart from their calls, behind which an interrupt may come."""
+        return self._exchanges
+
     def verify(self) -> list[int]:
         """Indices of the writes whose destination does not hold what the source says."""
         differ = []
@@ -213,6 +255,19 @@ class Plan:
             if not same_bits(dst, src):
                 differ.append(i)
         return differ
+
+
+def _blocks(
+    dst: Tensor, src: Tensor, elements: int = 1 << 17
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Two views of one shape, cut side by side into blocks of about so many elements."""
+    if dst.numel() <= elements or not dst.dim():
+        yield dst, src
+        return
+    axis = max(range(dst.dim()), key=lambda k: dst.shape[k])
+    step = max(1, elements * dst.shape[axis] // dst.numel())
+    for d, s in zip(dst.split(step, axis), src.split(step, axis)):
+        yield from _blocks(d, s, max(elements, d.numel()))
 
 
 def _may_share_memory(dsts: list[Tensor], srcs: list[Tensor]) -> bool:
