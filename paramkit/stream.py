@@ -23,7 +23,7 @@ __all__ = ["STAGING_BYTES", "Streamed"]
 
 # Both halves together. Bytes that are read and written at once should still be in the cache: with 32 MiB
 # of it, larger halves are slower, and halves below 1 MiB pay for each read.
-STAGING_BYTES = 16 << 20
+STAGING_BYTES = 32 << 20
 _ALIGN = 64
 # Bytes between two reads that are read along: a request costs as much as a copy of about this many.
 _GAP = 32 << 10
