@@ -94,6 +94,7 @@ class Outcome:
             "ratio": figures.get("ratio"),
             "share_of_limit": figures.get("limit"),
             "share_of_ceiling": figures.get("ceiling"),
+            "growth": figures.get("growth"),
             "targets": [target.as_dict() for target in self.case.targets],
             "wanted": wanted(self.case.targets),
             "verdict": self.verdict.word,
@@ -127,8 +128,9 @@ def run_case(
 
 
 def _timed(case: Case, quick: bool, tiny: bool, limits: Limits) -> Outcome:
+    gc.collect()  # what the case before left in cycles may be gigabytes
     work = case.make(tiny)
-    check(work, [work.ours] if quick or work.numpy is None else [work.ours, work.numpy])
+    check(work, work.checked(numpy=not quick))
     sides = sides_of(case, work, limits, quick)
     budget = replace(rounds.FULL, seconds=case.seconds)
     if quick or tiny:
@@ -146,6 +148,10 @@ def _timed(case: Case, quick: bool, tiny: bool, limits: Limits) -> Outcome:
         name: Timing.of(samples[name], side.bytes, side.loop) for name, side in sides.items()
     }
     figures: dict[str, Figure | None] = {"ratio": _against(samples, "torch", case.mode)}
+    own = timings["paramkit"]
+    figures["seconds"] = Figure(*(time / 1e9 for time in (own.median, own.q1, own.q3)))
+    if "half" in samples:
+        figures["growth"] = _growth(samples)
     for name in sorted({"ceiling", "limit"} & ({*case.needs, *samples})):
         figures[name] = _against(samples, name, case.mode, sides["paramkit"].bytes, sides)
     if "limit" in samples:
@@ -186,6 +192,15 @@ def _against(
     paired = [scale * their / own for own, their in zip(ours, theirs, strict=True)]
     q1, _, q3 = statistics.quantiles(paired, n=4, method="inclusive")
     return Figure(value, q1, q3)
+
+
+def _growth(samples: dict[str, list[float]]) -> Figure:
+    """Our time over that for half as much: 2 where cost grows linearly."""
+    whole, half = samples["paramkit"], samples["half"]
+    q1, _, q3 = statistics.quantiles(
+        [own / part for own, part in zip(whole, half, strict=True)], n=4, method="inclusive"
+    )
+    return Figure(statistics.median(whole) / statistics.median(half), q1, q3)
 
 
 def _memory(case: Case, tiny: bool) -> Outcome:

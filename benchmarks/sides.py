@@ -1,4 +1,5 @@
-"""The sides of a case: paramkit, torch, and where they apply numpy, libc, the ceiling, the limit."""
+"""The sides of a case: paramkit, torch, and where they apply half, numpy, libc, the ceiling, the
+limit."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from benchmarks.limits import Limits
 
 __all__ = ["SIDES", "Side", "sides_of"]
 
-SIDES = ("paramkit", "torch", "numpy", "libc", "ceiling", "limit")
+SIDES = ("paramkit", "torch", "half", "numpy", "libc", "ceiling", "limit")
 
 _clock = time.perf_counter_ns
 
@@ -53,7 +54,7 @@ class Side:
         return (_clock() - start) / count
 
 
-def _plain(name: str, loop: plain.Loop | plain.Pairs, inner: int = 1) -> Side:
+def _plain(name: str, loop: plain.Loop | plain.Compare | plain.Pairs, inner: int = 1) -> Side:
     return Side(name, loop, loop.bytes, inner, batched=True, loop=loop.name)
 
 
@@ -70,6 +71,8 @@ def sides_of(case: Case, work: Work, limits: Limits, quick: bool) -> dict[str, S
     side = partial(Side, bytes=work.bytes, inner=work.inner)
     found = [side("paramkit", work.ours), side("torch", work.peer)]
     if case.mode == "interleaved":
+        if work.half is not None:
+            found.append(Side("half", work.half, work.bytes // 2, work.inner))
         if work.numpy is not None and not quick:
             found.append(side("numpy", work.numpy))
         if plain.available():

@@ -29,6 +29,7 @@ HEADER = (
     "of limit",
     "of plain copy",
     "ratio",
+    "growth",
     "target",
     "verdict",
 )
@@ -82,10 +83,11 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         row["name"],
         *times,
         text.timing(sides.get("numpy")),
-        f"{own['gbs']:.1f}" if own else "",
+        f"{own['gbs']:.1f}" if own and own["gbs"] else "",
         text.share(row["share_of_limit"]),
         text.share(row["share_of_ceiling"]),
         text.ratio(row["ratio"]["value"]) if row["ratio"] else "",
+        text.ratio(row["growth"]["value"]) if row.get("growth") else "",
         row["wanted"],
         verdict,
     )

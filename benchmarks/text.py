@@ -65,7 +65,7 @@ def caption(machine: Mapping[str, Any]) -> str:
 def limits_line(limits: Mapping[str, Any]) -> str:
     """One sentence with the limits of the run."""
     parts = []
-    for what in ("copy", "fill"):
+    for what in ("copy", "fill", "compare"):
         found = limits.get(what)
         if found:
             parts.append(f"{what} {found['gbs']:.1f} GB/s ({found['loop']})")

@@ -78,10 +78,10 @@ def test_every_case_does_what_torch_does(group: str) -> None:
             if case.group == group:
                 work = case.make(True)
                 try:
-                    check(work, [work.ours] + ([work.numpy] if work.numpy else []))
+                    check(work, work.checked())
                 except AssertionError as error:
                     raise AssertionError(f"{case.name}: {error}") from error
-                assert work.bytes > 0
+                assert work.bytes > 0 or work.proof is not None
 
 
 def made(wrong: bool = False, mode: str = "interleaved", numpy: bool = False) -> Case:

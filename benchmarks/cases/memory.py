@@ -14,7 +14,7 @@ from .calls import copy
 from .permutes import permute_cast
 from .registry import MIB, Work, case, group
 
-MEMORY = group("memory", "Temporary memory of 512 MiB copies")
+MEMORY = group("memory", "Temporary memory of copies of 512 MiB and transplants of 1 GiB")
 NONE = (AtMost("memory", 0),)
 
 

@@ -44,8 +44,10 @@ class Work:
     """One case made ready: calls that do the same work on the same tensors.
 
     `ours` and `peer` are paramkit's and torch's; `numpy` is numpy's where it has the dtypes. `inner`
-    calls make one sample. `dense` is the destination and the source (None: a fill) of a case that
-    libc can do too; `pairs` is a list of small writes as a plain C loop.
+    calls make one sample. Where our call writes nothing, `proof` is one that writes what it found, and
+    is checked in its place. `half` is our call for half as much, to see how cost grows. `dense` is the
+    destination and the source (None: a fill) of a case that libc can do too; `pairs` is a list of small
+    writes as a plain C loop.
     """
 
     ours: Callable[[], object]
@@ -56,8 +58,15 @@ class Work:
     numpy: Callable[[], object] | None = None
     dense: tuple[Tensor, Tensor | None] | None = None
     pairs: plain.Pairs | None = None
+    proof: Callable[[], object] | None = None
+    half: Callable[[], object] | None = None
     keep: list[object] = field(default_factory=list)
     facts: dict[str, object] = field(default_factory=dict)
+
+    def checked(self, numpy: bool = True) -> list[Callable[[], object]]:
+        """The calls that must leave the same bytes as `peer`."""
+        beside = [self.numpy] if numpy and self.numpy is not None else []
+        return [self.proof or self.ours, *beside]
 
 
 Make = Callable[[bool], Work]
@@ -68,7 +77,7 @@ Make = Callable[[bool], Work]
 class Case:
     """A name, its group, a sentence, what must hold, how it is measured, and the builder.
 
-    `limit` says which 256 MiB run is the limit, a "copy" or a "fill". `seconds` bounds the rounds of
+    `limit` says which 256 MiB run is the limit, a "copy", a "fill" or a "compare". `seconds` bounds the rounds of
     a full run. Cases that are not `quick` are left out with ``--quick``.
     """
 

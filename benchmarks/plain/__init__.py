@@ -1,7 +1,8 @@
-"""Plain copies and fills in C, the benchmark's own: what memory can do here.
+"""Plain copies, fills and comparisons in C, the benchmark's own: what memory can do here.
 
-A `Loop` is one way to do it: libc's, or streaming stores of some width. `best` tries all of them on
-given memory and keeps the fastest, so that the figure to be measured by is not a slow one.
+A `Loop` is one way to copy or fill: libc's, or streaming stores of some width. A `Compare` is one way to
+read two streams: libc's, or vectors of some width. `best` tries all of them on given memory and keeps the
+fastest, so that the figure to be measured by is not a slow one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import statistics
 import time
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,17 +20,25 @@ from torch import Tensor
 from .build import NoCompilerError, compiled
 
 __all__ = [
+    "COMPARISONS",
     "KINDS",
+    "Compare",
     "Loop",
     "NoCompilerError",
     "Pairs",
     "available",
     "best",
     "candidates",
+    "comparisons",
     "why_not",
 ]
 
 KINDS = ("libc", "streaming 16 bytes", "streaming 32 bytes", "streaming 64 bytes")
+
+COMPARISONS = (
+    "libc",
+    *(f"{width} bytes{how}" for width in (16, 32, 64) for how in ("", " and a prefetch")),
+)
 
 NEAR = 256 * 1024
 """Bytes below which streaming is not tried: nobody streams what fits a near cache."""
@@ -67,6 +77,36 @@ class Loop:
         else:
             source = self.src.data_ptr()
             compiled().plain_copy(self.kind, to, source, size, self.threads, times, pool)
+
+
+@dataclass(frozen=True)
+class Compare:
+    """A plain C comparison of all bytes of two dense tensors of equal size, on so many threads."""
+
+    kind: int
+    first: Tensor
+    second: Tensor
+    threads: int
+    own_pool: bool = False
+
+    @property
+    def name(self) -> str:
+        return COMPARISONS[self.kind]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes read."""
+        return 2 * self.first.numel() * self.first.element_size()
+
+    def __call__(self, times: int = 1) -> bool:
+        """Do it `times` times inside C; whether they are equal. It never stops early."""
+        sides = (self.first.data_ptr(), self.second.data_ptr(), self.bytes // 2)
+        return not compiled().plain_compare(
+            self.kind, *sides, self.threads, times, int(self.own_pool)
+        )
+
+
+AnyLoop = TypeVar("AnyLoop", Loop, Compare)
 
 
 @dataclass(frozen=True)
@@ -138,7 +178,16 @@ def candidates(dst: Tensor, src: Tensor | None, kinds: str = "all") -> list[Loop
     ]
 
 
-def best(loops: list[Loop], rounds: int = 5) -> Loop:
+def comparisons(first: Tensor, second: Tensor) -> list[Compare]:
+    """Every comparison that this machine has, on all threads."""
+    if not first.is_contiguous() or not second.is_contiguous():
+        raise ValueError("plain comparisons are of dense tensors")
+    threads = torch.get_num_threads()
+    found = [Compare(kind, first, second, threads) for kind in range(len(COMPARISONS))]
+    return [loop for loop in found if compiled().plain_has_compare(loop.kind)]
+
+
+def best(loops: list[AnyLoop], rounds: int = 5) -> AnyLoop:
     """The fastest of `loops` by the median of a short interleaved trial."""
     samples: list[list[float]] = [[] for _ in loops]
     for turn in range(rounds + 1):

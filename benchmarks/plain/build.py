@@ -74,6 +74,7 @@ def compiled() -> ctypes.CDLL:
     loaded.plain_copy.restype = None
     loaded.plain_fill.argtypes = (number, pointer, number, size, number, number, number)
     loaded.plain_fill.restype = None
+    loaded.plain_compare.argtypes = (number, pointer, pointer, size, number, number, number)
     loaded.plain_pairs.argtypes = (pointer, pointer, *[size] * 5, pointer, number)
     loaded.plain_pairs.restype = None
     return loaded

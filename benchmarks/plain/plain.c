@@ -1,4 +1,4 @@
-/* Plain copies and fills: what the machine's memory can do, to measure the rest by.
+/* Plain copies, fills and comparisons: what the machine's memory can do, to measure the rest by.
  *
  * Nothing here is shared with paramkit's kernels. Each kind is the simplest loop that does it: libc's
  * memcpy and memset, ordinary vector stores left to the compiler, and streaming (non-temporal) stores,
@@ -98,6 +98,67 @@ static fill_fn fill_of(int kind) {
   }
 }
 
+/* --- comparisons --------------------------------------------------------------------------------- */
+
+/* Whether two runs differ. Only libc's stops at the first difference: the others read all of both, which is
+ * the limit that is wanted, and find the same. */
+typedef int (*compare_fn)(const char*, const char*, size_t);
+
+static int compare_libc(const char* a, const char* b, size_t n) { return memcmp(a, b, n) != 0; }
+
+#ifdef X86
+/* Four registers of each side a turn into two accumulators; AHEAD bytes further on the lines are asked for. */
+#define COMPARE(NAME, TARGET, REG, LOAD, XOR, OR, ZERO, AHEAD)                                              \
+  __attribute__((target(TARGET))) static int NAME(const char* a, const char* b, size_t n) {                 \
+    enum { STEP = 4 * sizeof(REG) };                                                                        \
+    REG s = ZERO(), t = ZERO();                                                                             \
+    for (; n >= STEP; a += STEP, b += STEP, n -= STEP) {                                                    \
+      if (AHEAD)                                                                                            \
+        for (size_t i = 0; i < STEP; i += 64) {                                                             \
+          _mm_prefetch(a + i + (AHEAD), _MM_HINT_T0);                                                       \
+          _mm_prefetch(b + i + (AHEAD), _MM_HINT_T0);                                                       \
+        }                                                                                                   \
+      for (size_t i = 0; i < STEP; i += 2 * sizeof(REG)) {                                                  \
+        s = OR(s, XOR(LOAD((const void*)(a + i)), LOAD((const void*)(b + i))));                             \
+        t = OR(t, XOR(LOAD((const void*)(a + i + sizeof(REG))), LOAD((const void*)(b + i + sizeof(REG))))); \
+      }                                                                                                     \
+    }                                                                                                       \
+    s = OR(s, t);                                                                                           \
+    char raw[sizeof(REG)];                                                                                  \
+    memcpy(raw, &s, sizeof raw);                                                                            \
+    int found = 0;                                                                                          \
+    for (size_t i = 0; i < sizeof raw; i++) found |= raw[i];                                                \
+    for (size_t i = 0; i < n; i++) found |= a[i] ^ b[i];                                                    \
+    return found != 0;                                                                                      \
+  }
+
+enum { AHEAD = 2048 };
+COMPARE(compare_128, "sse2", __m128i, _mm_loadu_si128, _mm_xor_si128, _mm_or_si128, _mm_setzero_si128, 0)
+COMPARE(compare_128_ahead, "sse2", __m128i, _mm_loadu_si128, _mm_xor_si128, _mm_or_si128, _mm_setzero_si128, AHEAD)
+COMPARE(compare_256, "avx2", __m256i, _mm256_loadu_si256, _mm256_xor_si256, _mm256_or_si256, _mm256_setzero_si256, 0)
+COMPARE(compare_256_ahead, "avx2", __m256i, _mm256_loadu_si256, _mm256_xor_si256, _mm256_or_si256, _mm256_setzero_si256,
+        AHEAD)
+COMPARE(compare_512, "avx512f,avx512bw", __m512i, _mm512_loadu_si512, _mm512_xor_si512, _mm512_or_si512,
+        _mm512_setzero_si512, 0)
+COMPARE(compare_512_ahead, "avx512f,avx512bw", __m512i, _mm512_loadu_si512, _mm512_xor_si512, _mm512_or_si512,
+        _mm512_setzero_si512, AHEAD)
+#endif
+
+static compare_fn compare_of(int kind) {
+  switch (kind) {
+    case 0: return compare_libc;
+#ifdef X86
+    case 1: return compare_128;
+    case 2: return compare_128_ahead;
+    case 3: return __builtin_cpu_supports("avx2") ? compare_256 : NULL;
+    case 4: return __builtin_cpu_supports("avx2") ? compare_256_ahead : NULL;
+    case 5: return __builtin_cpu_supports("avx512bw") ? compare_512 : NULL;
+    case 6: return __builtin_cpu_supports("avx512bw") ? compare_512_ahead : NULL;
+#endif
+    default: return NULL;
+  }
+}
+
 /* --- threads ------------------------------------------------------------------------------------ */
 
 enum { MOST = 256 };
@@ -107,6 +168,7 @@ typedef struct {
   const char* src; /* NULL: a fill */
   size_t bytes;
   int kind, value, threads;
+  int* differ; /* not NULL: a comparison, which sets it where the runs differ */
 } job_t;
 
 /* Runs are cut at multiples of 256 bytes, so that no two threads share a cache line of a dense copy. */
@@ -116,7 +178,10 @@ static void part(const job_t* job, int index) {
   size_t last = blocks * (size_t)(index + 1) / (size_t)job->threads * 256;
   if (last > job->bytes) last = job->bytes;
   if (first >= last) return;
-  if (job->src)
+  if (job->differ) {
+    if (compare_of(job->kind)(job->dst + first, job->src + first, last - first))
+      __atomic_store_n(job->differ, 1, __ATOMIC_RELAXED);
+  } else if (job->src)
     copy_of(job->kind)(job->dst + first, job->src + first, last - first);
   else
     fill_of(job->kind)(job->dst + first, job->value, last - first);
@@ -200,13 +265,23 @@ int plain_openmp(void) { return GOMP_parallel && omp_get_thread_num && omp_get_n
 
 /* `times` copies of `bytes` bytes on `threads` threads; `own_pool` leaves torch's threads alone. */
 void plain_copy(int kind, void* dst, const void* src, size_t bytes, int threads, int times, int own_pool) {
-  job_t job = {dst, src, bytes, kind, 0, threads};
+  job_t job = {dst, src, bytes, kind, 0, threads, NULL};
   run(job, times, own_pool);
 }
 
 void plain_fill(int kind, void* dst, int value, size_t bytes, int threads, int times, int own_pool) {
-  job_t job = {dst, NULL, bytes, kind, value, threads};
+  job_t job = {dst, NULL, bytes, kind, value, threads, NULL};
   run(job, times, own_pool);
+}
+
+int plain_has_compare(int kind) { return compare_of(kind) != NULL; }
+
+/* Whether the bytes of `a` and `b` differ anywhere. */
+int plain_compare(int kind, void* a, const void* b, size_t bytes, int threads, int times, int own_pool) {
+  int differ = 0;
+  job_t job = {a, b, bytes, kind, 0, threads, &differ};
+  run(job, times, own_pool);
+  return differ;
 }
 
 /* --- many small writes ---------------------------------------------------------------------------- */
