@@ -176,6 +176,16 @@ def layout_finding(
     name: str, tensor: Any, destination: bool, device: torch.device | None = None
 ) -> Finding | None:
     """Why a tensor cannot take part in a write, or None; `device`: where meta destinations will be."""
+    kind = type(tensor)
+    if (
+        (kind is Tensor or kind is nn.Parameter)
+        and tensor.layout is torch.strided
+        and tensor.is_contiguous()
+        and tensor.device.type == "cpu"
+        and not tensor.is_nested
+        and not has_no_memory(tensor)
+    ):
+        return None  # nearly every tensor is like this, and there may be tens of thousands
     if isinstance(tensor, Lazy):
         return None
     if is_lazy(tensor):

@@ -198,6 +198,7 @@ class Resolver:
         self._jobs: list[_Job] = []  # identities, decided at the end
         self._layouts: dict[tuple[object, ...], Views | Mismatch] = {}
         self._usable: dict[tuple[str, int], bool] = {}
+        self._texts: dict[int, str] = {}
         self._casts: dict[tuple[torch.dtype, torch.dtype], str | None] = {}
         self._prepare_rules()
 
@@ -457,7 +458,9 @@ class Resolver:
             self._fail(job, Finding(job.dst_name, "shape", layout.got, layout.expected, hint))
             return
         sizes, dst, src, same = layout
-        text = _write_text(rule, job.pins)
+        text = self._texts.get(job.rule)
+        if text is None:  # the same for every name: a bound index is shown as its placeholder
+            text = self._texts[job.rule] = _write_text(rule, job.pins)
         write = Write(
             job.dst, job.src, sizes, dst.strides, dst.offset, src.strides, src.offset, text
         )
