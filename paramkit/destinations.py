@@ -237,10 +237,10 @@ def layout_finding(
 
 
 def allocated(tensor: Tensor, device: torch.device) -> Tensor:
-    """Memory, not initialised, for a tensor on the meta device; a parameter keeps what it is and has."""
-    made = torch.empty_like(tensor, device=device, requires_grad=False)
-    if not isinstance(tensor, nn.Parameter):
-        return made
-    parameter = nn.Parameter(made, requires_grad=tensor.requires_grad)
-    parameter.__dict__.update(tensor.__dict__)
-    return parameter
+    """Memory, not initialised, for a tensor on the meta device; it keeps its strides, class and attributes."""
+    # The strides to the element, gaps included: the writes were worked out for them.
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    if isinstance(tensor, nn.Parameter):
+        made = torch.Tensor._make_subclass(type(tensor), made, tensor.requires_grad)
+    made.__dict__.update(tensor.__dict__)
+    return made

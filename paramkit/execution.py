@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from .errors import PlanError
+from .errors import SourceError
 from .journal import Journal, shielded
 from .stream import Streamed
-from .torn import Torn, clear, mark, torn_error
+from .torn import Torn, clear, mark, reason_of, torn_error
 
 __all__ = ["execute"]
 
 Progress = Callable[[int, int], object]
+
+
+@dataclass
+class _Course:
+    """How far a run came.
+
+    Attributes:
+        begun, finished: steps of a `Streamed` plan.
+        reported: bytes that were said to be written.
+        progress: the caller's.
+    """
+
+    progress: Progress | None
+    begun: int = 0
+    finished: int = 0
+    reported: int = 0
+
+    def report(self, written: int, total: int) -> None:
+        self.reported = written
+        if self.progress is not None:
+            self.progress(written, total)
 
 
 def execute(
@@ -23,6 +45,7 @@ def execute(
     *,
     progress: Progress | None = None,
     atomic: bool = False,
+    apart: Collection[str] = (),
 ) -> bool:
     """Run a compiled plan.
 
@@ -33,6 +56,7 @@ def execute(
         model: what is marked where it is left torn.
         progress: called now and then with (bytes written, bytes in all).
         atomic: put everything back on a failure.
+        apart: names of destinations that are not in the model yet: what is written there tears nothing.
 
     Returns:
         False, and nothing was written, if a tensor is not what the plan was made for.
@@ -42,23 +66,22 @@ def execute(
             the model is marked all the same.
     """
     journal = Journal() if atomic else None
+    course = _Course(progress)
     try:
         if isinstance(compiled, Streamed):
             if compiled.replaced() or any(compiled.moved()):
                 return False
-            done: list[int] = []
-            _run_steps(compiled, journal, progress, done)
+            _run_steps(compiled, journal, course)
         else:
             if journal is not None:
                 journal.note_plan(compiled)
-            if not compiled.run(progress):
+            if not compiled.run(None if progress is None else course.report):
                 return False
     except BaseException as error:
         if journal is not None:
             shielded(journal.restore)
             raise
-        steps = done if isinstance(compiled, Streamed) else None
-        state = _state(compiled, names, write_names, error, steps)
+        state = _state(compiled, names, write_names, error, course, frozenset(apart))
         if state is None:
             raise
         mark(model, state)
@@ -69,19 +92,17 @@ def execute(
     return True
 
 
-def _run_steps(
-    compiled: Streamed, journal: Journal | None, progress: Progress | None, done: list[int]
-) -> None:
+def _run_steps(compiled: Streamed, journal: Journal | None, course: _Course) -> None:
     total = sum(step.bytes for step in compiled.steps)
     written = 0
-    for number, step in enumerate(compiled.loaded()):
+    for step in compiled.loaded():
         if journal is not None:
             journal.note_plan(step.plan)
-        done.append(number)  # before: from here on it may have been written in part
+        course.begun += 1  # before: from here on it may have been written in part
         compiled.run_step(step)
+        course.finished += 1
         written += step.bytes
-        if progress is not None:
-            progress(written, total)
+        course.report(written, total)
 
 
 def _state(
@@ -89,24 +110,41 @@ def _state(
     names: Sequence[str],
     write_names: Sequence[str],
     error: BaseException,
-    steps: list[int] | None,
+    course: _Course,
+    apart: frozenset[str],
 ) -> Torn | None:
-    """What was written; None where it is nothing, or everything."""
-    if steps is None:
+    """What was written to the model; None where it is nothing, or everything."""
+    if apart.issuperset(names):
+        return None
+    if isinstance(compiled, Streamed):
+        left = _left_by_steps(compiled, names, error, course, apart)
+    else:
         # What a failed run of sources in memory did is told from the values themselves.
         differ = set(compiled.verify())
-        left = {write_names[w] for w in differ}
-        if not differ or len(differ) == len(write_names):
-            return None
-    else:
-        if not steps:
-            return None
-        left = set()
-        for number, step in enumerate(compiled.steps):
-            # The last one that was begun counts as unwritten: it may be, in part.
-            if number not in steps[:-1]:
-                left.update(names[d] for d in step.dsts)
-    reason = error.summary if isinstance(error, PlanError) else f"{type(error).__name__}: {error}"
+        # All of them may be half written: then somebody was told so.
+        nothing = len(differ) == len(write_names) and not course.reported
+        left = None if nothing else {write_names[w] for w in differ}
+    if not left:
+        return None
+    own = [n for n in names if n not in apart]
     return Torn(
-        tuple(n for n in names if n not in left), tuple(n for n in names if n in left), reason
+        tuple(n for n in own if n not in left), tuple(n for n in own if n in left), reason_of(error)
     )
+
+
+def _left_by_steps(
+    compiled: Streamed,
+    names: Sequence[str],
+    error: BaseException,
+    course: _Course,
+    apart: frozenset[str],
+) -> set[str] | None:
+    """Names that do not hold the new values in full; None where nothing was written to the model."""
+    begun = {names[d] for step in compiled.steps[: course.begun] for d in step.dsts}
+    if begun <= apart:
+        return None
+    steps = compiled.steps[course.finished :]
+    if not steps and isinstance(error, SourceError):
+        # A file changed while it was read: what came from files may be anything.
+        steps = [step for step in compiled.steps if step.reads]
+    return {names[d] for step in steps for d in step.dsts}

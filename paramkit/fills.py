@@ -145,7 +145,7 @@ class Normal(Lazy):
 
     The values come in blocks of 65,536, each from a generator of its own, seeded from the seed, the
     destination's name and the block's number: so they are the same for every device and staging size,
-    and any part can be made alone.
+    and any part can be made alone. They are made in float64 and rounded once to the dtype.
 
     Args:
         fill: standard deviation, mean and seed.
@@ -172,8 +172,8 @@ class Normal(Lazy):
         text = f"{self._fill.seed}|{self._name}|{number}"
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
         generator = torch.Generator().manual_seed(seed)
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        values = torch.empty(self.BLOCK, dtype=wide)
+        # Always float64: torch's float32 values depend on the instruction set.
+        values = torch.empty(self.BLOCK, dtype=torch.float64)
         values.normal_(self._fill.mean, float(self._fill.value.real), generator=generator)
         return values.to(self.dtype)
 

@@ -55,6 +55,8 @@ class HookCheck:
 
 def _reason(module: nn.Module) -> str:
     load = type(module)._load_from_state_dict
+    if "_load_from_state_dict" in vars(module):
+        return "a _load_from_state_dict of its own"
     if load is not nn.Module._load_from_state_dict and not _of_torch(load):
         return f"its own _load_from_state_dict ({load.__qualname__})"
     for kind, hooks in (

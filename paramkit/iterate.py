@@ -12,17 +12,18 @@ from torch import Tensor, nn
 from . import backend
 from .backend.native import same_bits
 from .casting import may_overflow, overflow_finding, overflows
-from .errors import Finding, PlanError
-from .fills import Constant
+from .conflicts import find_conflicts
+from .errors import Finding, PlanError, SourceError
+from .fills import Constant, Mean
 from .journal import Journal, shielded, view_of
-from .judge import summary_of
+from .judge import conflict_finding, summary_of
 from .ops import foreach_copy_
 from .pieces import read_view, source_view
 from .plan import Options
 from .report import Report
-from .resolve import Resolver, Write, plan_error
+from .resolve import Resolved, Resolver, Write, plan_error
 from .sources.lazy import Lazy
-from .torn import Torn, clear, mark, torn_error
+from .torn import Torn, clear, mark, reason_of, torn_error
 
 __all__ = ["is_stream", "transplant_stream"]
 
@@ -83,6 +84,7 @@ class _Stream:
         self.names: set[str] = set()  # of the source, so far
         self.bytes = 0
         self.done = self.tied = 0  # how many of the resolver's writes and ties are dealt with
+        self.sure = 0  # how many of them are written for certain
         self.storages = {
             d.tensor.untyped_storage().data_ptr()
             for d in self.resolver.destinations
@@ -95,10 +97,12 @@ class _Stream:
             if self.resolver.findings:
                 raise plan_error(self.resolver.findings)
             self._write()  # what rules fill without a source
-            for number, item in enumerate(items):
-                self._take(number, item)
+            for item in items:
+                self._take(item)
+                del item  # or it would live on while the next one is made
             resolved = self.resolver.finish()
             self._write()  # what wildcards fill
+            self._check_memory(resolved)
         except BaseException as error:
             self._failed(error)
             raise
@@ -111,16 +115,20 @@ class _Stream:
 
     # -- one tensor --
 
-    def _take(self, number: int, item: Any) -> None:
+    def _take(self, item: Any) -> None:
         r = self.resolver
-        name, tensor = self._checked(number, item)
+        name, tensor = self._checked(len(self.names), item)
         r.add(name, tensor)
         if r.findings:
             raise plan_error(r.findings)
         self._check_values(name, tensor)
         self._write()
         # From here on its shape is all that is needed of it.
-        r.src_tensors[-1] = Lazy(tuple(tensor.shape), tensor.dtype, tensor.stride())
+        strides = tensor.stride() if tensor.layout is torch.strided else None
+        r.src_tensors[-1] = Lazy(tuple(tensor.shape), tensor.dtype, strides)
+        for k, (fill, made) in enumerate(r.made):
+            if isinstance(made, Mean):
+                r.made[k] = (fill, Lazy(made.shape, made.dtype))
 
     def _checked(self, number: int, item: Any) -> tuple[str, Any]:
         if not (isinstance(item, tuple) and len(item) == 2):
@@ -191,6 +199,7 @@ class _Stream:
             with torch.no_grad():
                 self.written.update(w.dst for w in writes)
                 foreach_copy_(dsts, srcs)
+            self.sure = self.done
             self.bytes += sum(d.nbytes for d in dsts)
             if self.progress is not None:
                 self.progress(self.bytes, 0)
@@ -222,24 +231,34 @@ class _Stream:
 
     # -- the end --
 
+    def _check_memory(self, resolved: Resolved) -> None:
+        """Destinations under different names that share memory: the later write was over the earlier."""
+        findings = [
+            conflict_finding(resolved, c.kind, c.first, c.second) for c in find_conflicts(resolved)
+        ]
+        if findings:
+            raise plan_error(findings)
+
     def _failed(self, error: BaseException) -> None:
         if not self.written:
             return
         r = self.resolver
-        names = [r.destinations[k].name for k in sorted(self.written)]
         if self.journal is not None:
             shielded(self.journal.restore)
             return
-        left = [
-            d.name
-            for k, d in enumerate(r.destinations)
-            if k not in self.written and not d.transient
-        ]
-        reason = (
-            "what is wrong shows only now that writing has begun"
-            if isinstance(error, PlanError)
-            else f"{type(error).__name__}: {error}"
-        )
+        written: dict[int, list[Write]] = {}
+        for write in r.writes[: self.sure]:
+            written.setdefault(write.dst, []).append(write)
+        full = {k for k in self.written if r.proof.whole(k, written.get(k, ()))}
+        allowed, _ = r.may_miss.select(r.dst_index)
+        names, left = [], []
+        for k, d in enumerate(r.destinations):
+            if k in full:
+                names.append(d.name)
+            elif k in self.written or not (d.transient or k in r.proof.kept or d.name in allowed):
+                left.append(d.name)
+        plan = isinstance(error, PlanError) and not isinstance(error, SourceError)
+        reason = "what is wrong shows only now that writing has begun" if plan else reason_of(error)
         state = Torn(tuple(names), tuple(left), reason)
         mark(self.model, state)
         if isinstance(error, Exception):

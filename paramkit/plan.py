@@ -226,6 +226,7 @@ class Plan:
         self._inference: list[str] = []
         self._busy = threading.Lock()
         self._exchange: Exchange | None = None  # while a source is swapped in
+        self._allocated: list[Destination] = []  # memory that is not in the model yet
         self._ordered = False
         self._in_module = False
         self._table: Mapping[str, Any] | None = None  # destinations of a mapping that is no dict
@@ -348,7 +349,13 @@ class Plan:
             return bool(compiled.run(progress))
         model = self._target()
         return execute(
-            compiled, self._dst_names, self._write_dst, model, progress=progress, atomic=atomic
+            compiled,
+            self._dst_names,
+            self._write_dst,
+            model,
+            progress=progress,
+            atomic=atomic,
+            apart=[d.name for d in self._allocated],
         )
 
     def _check_inference(self) -> None:
@@ -685,6 +692,7 @@ class _ModelPlan(Plan):
                 parameters = place.owner._parameters
                 table: Any = parameters if place.key in parameters else place.owner._buffers
                 table[place.key] = d.tensor
+        self._allocated = []
 
     def _check_values(self, compiled: Any) -> None:
         resolved, limit = self._resolved, self._options.staging // 2

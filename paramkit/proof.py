@@ -104,6 +104,12 @@ class Proof:
             tensors[a.src]
         ) == memory_key(tensors[b.src])
 
+    def whole(self, d: int, writes: Sequence[Write]) -> bool:
+        """Whether some writes, and what is kept on purpose, are all of a destination."""
+        parts = self._kept_parts.get(d, [])
+        regions = [_region(w) for w in writes] + [Region(*_unit(p.view)) for p in parts]
+        return not cover(_whole(self._resolver.destinations[d].tensor), regions).missing
+
     # -- the verdict --
 
     def run(self) -> tuple[list[str], list[str], list[str]]:

@@ -204,6 +204,7 @@ class Resolver:
 
     def _prepare_rules(self) -> None:
         self._hits = [0] * len(self.rules)
+        self._alone: set[tuple[int, int]] = set()  # rules without a source, and what they are about
         self._targets = [rule.target_template() for rule in self.rules]
         sources = [rule.source_template() for rule in self.rules]
         # Templates with a wildcard cross the components that the index goes by.
@@ -223,7 +224,6 @@ class Resolver:
             index = TemplateIndex(alone)
             for name, d in self.dst_index.items():
                 for k, _ in index.match(name):
-                    self._hits[k] += 1
                     self._alone_dst(k, d, name)
 
     def _crossing_destinations(self) -> None:
@@ -233,10 +233,14 @@ class Resolver:
         reached = set(self.proof.reached)
         for name, d in self.dst_index.items():
             for k, template in self._crossing_dst:
-                if name.startswith(template.prefix) and template.match(name) is not None:
+                if not name.startswith(template.prefix) or template.match(name) is None:
+                    continue
+                if self.destinations[d].transient and template.text.endswith("*"):
+                    continue  # no state dict has it: it takes more than "*" to name it
+                if d in reached:
                     self._hits[k] += 1
-                    if d not in reached:
-                        self._alone_dst(k, d, name)
+                else:
+                    self._alone_dst(k, d, name)
 
     def _idle_rules(self) -> list[Finding]:
         nears: dict[str, Suggester] = {}
@@ -265,6 +269,10 @@ class Resolver:
         return findings
 
     def _alone_dst(self, k: int, d: int, name: str) -> None:
+        self._hits[k] += 1
+        if (k, d) in self._alone:
+            return  # under another of its names
+        self._alone.add((k, d))
         rule = self.rules[k]
         part = self._part(rule, name, self.destinations[d].tensor)
         if part is None:

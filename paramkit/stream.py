@@ -80,7 +80,8 @@ class Streamed:
         budget: int,
     ) -> None:
         self._active, self._dsts, self._srcs, self._writes = active, dsts, srcs, writes
-        self._half = max(budget // 2 // _ALIGN * _ALIGN, _ALIGN)
+        # The budget holds both halves, and what it takes to begin the first at a multiple of _ALIGN.
+        self._half = max((budget - _ALIGN) // 2 // _ALIGN * _ALIGN, _ALIGN)
         units = _in_file_order(self._units())
         self._staging = torch.empty(0, dtype=torch.uint8)
         packed = list(self._packed(units))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch import nn
 
 from .errors import Finding, PlanError, fold_names
 
-__all__ = ["Torn", "TornError", "clear", "mark", "torn"]
+__all__ = ["Torn", "TornError", "clear", "mark", "reason_of", "torn", "torn_error"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,13 @@ def clear(model: object, written: Sequence[str]) -> None:
             del _torn[model]
 
 
+def reason_of(error: BaseException) -> str:
+    """What went wrong, without the assurance that nothing was written, which is no longer so."""
+    if not isinstance(error, PlanError):
+        return f"{type(error).__name__}: {error}"
+    return re.sub(r"[;.,]? *nothing was written", "", error.summary, flags=re.I).rstrip(" .;")
+
+
 def torn_error(state: Torn, findings: Sequence[Finding] = ()) -> TornError:
     """The error that reports a torn state."""
 
@@ -87,9 +95,11 @@ def torn_error(state: Torn, findings: Sequence[Finding] = ()) -> TornError:
         return ", ".join(folded[:6]) + (f", and {len(folded) - 6} more" if len(folded) > 6 else "")
 
     total = len(state.written) + len(state.unwritten)
+    written = f" ({some(state.written)})" if state.written else ""
+    others = f", the others do not ({some(state.unwritten)})" if state.unwritten else ""
     return TornError(
         f"writing failed half way, and the model is torn: {len(state.written)} of {total} tensors hold the new "
-        f"values ({some(state.written)}), the others do not ({some(state.unwritten)}): {state.reason}. "
+        f"values{written}{others}: {state.reason}. "
         "Write it again, or use atomic=True, which puts back what was there.",
         findings,
         state,
