@@ -218,6 +218,8 @@ def parse_at(text: str) -> At:
         >>> parse_at("r+1").start.value({"r": 4})
         5
     """
+    if len(text) > 200:
+        raise ValueError(f'at "{text[:40]}...": {len(text)} characters, expected at most 200')
     if text.strip() == "*":
         return At("*", False, None, None, True)
     parts = text.split(":")

@@ -10,6 +10,8 @@
 A rule has the keys `src`, `dst`, `pattern`, `at`, `rows`, `fill`, `sizes`, with the meaning that they have
 in `paramkit.Rule`; `sizes` are its axis sizes. Values of sizes may be sums of products of the sizes on
 top: `"heads*64"`. The sizes on top hold for every rule that has an axis of that name, or uses it in `at`.
+
+YAML is read without aliases and tags, and a range without quotes stays one: `at: {s: 1:30}`.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ __all__ = ["as_rules", "load_rules", "outline", "save_rules"]
 _TOP = ("about", "sizes", "rules")
 _KEYS = ("src", "dst", "pattern", "at", "rows", "fill", "sizes")
 _MOST_BYTES = 16 << 20
+_DEEPEST = 6
 
 
 def as_rules(rules: Any) -> tuple[Rule, ...]:
@@ -98,12 +101,14 @@ def save_rules(rules: Iterable[Rule], path: str | os.PathLike[str], about: str =
 
     Raises:
         RuleFileError: another suffix.
+        TypeError: something that is no rule, or a rule with a complex fill, which no file can hold.
         ModuleNotFoundError: PyYAML is not installed.
     """
     path = Path(path)
-    entries = [_entry(rule) for rule in rules]
+    entries = [_entry(k, rule) for k, rule in enumerate(rules)]
     if path.suffix == ".toml":
-        lines = [f"about = {json.dumps(about)}", ""] if about else []
+        lines = [f"about = {_toml(about)}", ""] if about else []
+        lines += [] if entries else ["rules = []", ""]
         for entry in entries:
             lines += ["[[rules]]", *(f"{key} = {_toml(value)}" for key, value in entry.items()), ""]
         path.write_text("\n".join(lines), encoding="utf-8")
@@ -120,7 +125,11 @@ def save_rules(rules: Iterable[Rule], path: str | os.PathLike[str], about: str =
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _entry(rule: Rule) -> dict[str, Any]:
+def _entry(k: int, rule: Rule) -> dict[str, Any]:
+    if not isinstance(rule, Rule):
+        raise TypeError(f"rules[{k}] must be a paramkit.Rule, got {type(rule).__name__}")
+    if rule.fill is not None and isinstance(rule.fill.value, complex):
+        raise TypeError(f"rules[{k}]: a rule file cannot hold a complex number: {rule}")
     given = {
         "src": rule.src,
         "dst": rule.dst,
@@ -138,6 +147,9 @@ def _toml(value: Any) -> str:
         return "{" + ", ".join(f"{key} = {_toml(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, float):
         return repr(value)  # inf and nan are written the same way
+    if isinstance(value, str):
+        # As in JSON, but characters above U+FFFF are no pairs of escapes, and U+007F is one.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return json.dumps(value)
 
 
@@ -174,7 +186,12 @@ def _text(path: Path) -> str:
     except OSError as error:
         raise _one(path, 0, error.strerror or str(error), "a rule file") from error
     except UnicodeDecodeError as error:
-        raise _one(path, 0, "bytes that are no UTF-8", "text") from error
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise _one(path, line, "bytes that are no UTF-8", "text") from error
+    except ValueError as error:
+        if isinstance(error, RuleFileError):
+            raise
+        raise _one(path, 0, str(error), "a path") from error
 
 
 def _yaml() -> Any:
@@ -189,38 +206,71 @@ def _yaml() -> Any:
 
 def _read_yaml(path: Path, text: str) -> _Value:
     yaml = _yaml()
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
-        return _Value({}, 1) if node is None else _from_node(path, loader, node, 0)
+        return _Value({}, 1) if node is None else _Nodes(path, loader).read(node, 0)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise _one(path, mark.line + 1 if mark else 0, f"{error.problem}", "YAML") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        if isinstance(error, RuleFileError):
-            raise
-        raise _one(path, 0, f"{type(error).__name__}: {error}"[:300], "YAML") from error
-    finally:
-        loader.dispose()
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise _one(
+            path, line, f"the character #x{ord(text[error.position]):04x}", "text"
+        ) from error
+    except RecursionError as error:
+        raise _one(path, 0, "values nested deeper than a rule is") from error
 
 
-def _from_node(path: Path, loader: Any, node: Any, depth: int) -> _Value:
-    line = node.start_mark.line + 1
-    if depth > 6:
-        raise _one(path, line, "values nested deeper than a rule is")
-    if node.id == "mapping":
-        out: dict[Any, _Value] = {}
+_TAGS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null"))
+
+
+class _Nodes:
+    """Nodes of a YAML document to values with their lines."""
+
+    def __init__(self, path: Path, loader: Any) -> None:
+        self.path, self.loader = path, loader
+        self.seen: set[int] = set()
+
+    def read(self, node: Any, depth: int) -> _Value:
+        line = node.start_mark.line + 1
+        if depth > _DEEPEST:
+            raise _one(self.path, line, "values nested deeper than a rule is")
+        # An alias is the same node again: a few of them may stand for more than fits in memory.
+        if id(node) in self.seen:
+            raise _one(self.path, line, "a value that an alias repeats", "no aliases")
+        self.seen.add(id(node))
+        if node.id == "mapping":
+            return _Value(self._mapping(node, depth), line)
+        if node.id == "sequence":
+            return _Value([self.read(inner, depth + 1) for inner in node.value], line)
+        return _Value(self._scalar(node, line), line)
+
+    def _mapping(self, node: Any, depth: int) -> dict[str, _Value]:
+        out: dict[str, _Value] = {}
         for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
             if key_node.id != "scalar":
-                raise _one(path, line, "a key that is no text")
+                raise _one(self.path, line, "a key that is no text")
             key = key_node.value
             if key in out:
-                raise _one(path, key_node.start_mark.line + 1, f'the key "{key}" twice')
-            out[key] = _from_node(path, loader, value_node, depth + 1)
-        return _Value(out, line)
-    if node.id == "sequence":
-        return _Value([_from_node(path, loader, n, depth + 1) for n in node.value], line)
-    return _Value(loader.construct_object(node), line)
+                raise _one(self.path, line, f'the key "{key}" twice')
+            out[key] = self.read(value_node, depth + 1)
+        return out
+
+    def _scalar(self, node: Any, line: int) -> Any:
+        if node.tag not in _TAGS:
+            kind = node.tag.removeprefix("tag:yaml.org,2002:")
+            hint = "text in quotes" if kind == "timestamp" else "text or a number"
+            raise _one(self.path, line, f'{kind} "{node.value}"'[:100], hint)
+        plain = node.style is None
+        if plain and (":" in node.value or re.match("[+-]?0[0-9_]", node.value)):
+            return node.value  # YAML 1.1 reads 1:30 as 90, and 010 as 8
+        try:
+            return self.loader.construct_object(node)
+        except Exception as error:  # of a value that is not what its tag says, any kind
+            kind = node.tag.replace("tag:yaml.org,2002:", "!!")
+            raise _one(self.path, line, f'{kind} "{node.value}"'[:100], "YAML") from error
 
 
 def _read_toml(path: Path, text: str) -> _Value:
@@ -236,41 +286,63 @@ def _read_toml(path: Path, text: str) -> _Value:
             ) from error
     try:
         document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except RecursionError as error:
+        raise _one(path, 0, "values nested deeper than a rule is") from error
+    except ValueError as error:  # also of a number of too many digits
         found = re.search(r"at line (\d+)", str(error))
-        raise _one(path, int(found.group(1)) if found else 0, str(error), "TOML") from error
-    # The reader gives no lines: those of the tables are found in the text.
-    lines = [
-        n for n, line in enumerate(text.split("\n"), 1) if re.match(r"\s*\[\[\s*rules\s*\]\]", line)
-    ]
-    top = {key: _Value(value, _line_of(text, key)) for key, value in document.items()}
-    if isinstance(document.get("rules"), list):
-        rules = document["rules"]
-        top["rules"] = _Value(
-            [
-                _values(rule, lines[k] if k < len(lines) else top["rules"].line)
-                for k, rule in enumerate(rules)
-            ],
-            top["rules"].line,
-        )
-    if isinstance(document.get("sizes"), dict):
-        top["sizes"] = _values(document["sizes"], top["sizes"].line)
-    return _Value(top, 1)
+        line = text.count("\n") + 1 if "end of document" in str(error) else 0
+        raise _one(
+            path, int(found.group(1)) if found else line, str(error)[:300], "TOML"
+        ) from error
+    return _Lines(path, text).document(document)
 
 
-def _values(value: Any, line: int) -> _Value:
-    if isinstance(value, dict):
-        return _Value({key: _values(inner, line) for key, inner in value.items()}, line)
-    if isinstance(value, list):
-        return _Value([_values(inner, line) for inner in value], line)
-    return _Value(value, line)
+class _Lines:
+    """The lines of a TOML document, which its reader does not give: tables and keys are found in the text."""
 
+    def __init__(self, path: Path, text: str) -> None:
+        self.path, self.lines = path, text.split("\n")
 
-def _line_of(text: str, key: str) -> int:
-    for n, line in enumerate(text.split("\n"), 1):
-        if re.match(rf"\s*\[*\s*{re.escape(key)}\b", line):
-            return n
-    return 1
+    def document(self, document: dict[str, Any]) -> _Value:
+        headers = [n for n, line in enumerate(self.lines, 1) if re.match(r"\s*\[", line)]
+        tables = [n for n in headers if re.match(r"\s*\[\[\s*rules\s*\]\]", self.lines[n - 1])]
+        top: dict[str, _Value] = {}
+        for key, value in document.items():
+            line = self._find(rf"\s*\[*\s*{re.escape(key)}\b", 1, len(self.lines)) or 1
+            if key == "rules" and isinstance(value, list):
+                starts = [tables[k] if k < len(tables) else line for k in range(len(value))]
+                made = [
+                    self._table(rule, n, headers) for rule, n in zip(value, starts, strict=True)
+                ]
+                top[key] = _Value(made, line)
+            else:
+                top[key] = self._table(value, line, headers)
+        return _Value(top, 1)
+
+    def _table(self, value: Any, line: int, headers: list[int]) -> _Value:
+        """A table that begins on a line; its keys are sought up to the next one."""
+        if not isinstance(value, dict):
+            return self._value(value, line, 1)
+        end = next((n for n in headers if n > line), len(self.lines) + 1) - 1
+        found = {}
+        for key, inner in value.items():
+            at = self._find(rf"""\s*["']?{re.escape(key)}["']?\s*[=.]""", line + 1, end)
+            found[key] = self._value(inner, at or line, 1)
+        return _Value(found, line)
+
+    def _find(self, pattern: str, first: int, last: int) -> int | None:
+        matching = re.compile(pattern)
+        return next((n for n in range(first, last + 1) if matching.match(self.lines[n - 1])), None)
+
+    def _value(self, value: Any, line: int, depth: int) -> _Value:
+        if depth > _DEEPEST:
+            raise _one(self.path, line, "values nested deeper than a rule is")
+        if isinstance(value, dict):
+            inner = {key: self._value(v, line, depth + 1) for key, v in value.items()}
+            return _Value(inner, line)
+        if isinstance(value, list):
+            return _Value([self._value(v, line, depth + 1) for v in value], line)
+        return _Value(value, line)
 
 
 class _Reader:
@@ -287,6 +359,9 @@ class _Reader:
         for key, value in top.items():
             if key not in _TOP:
                 self._add(value.line, f'the key "{key}"', " or ".join(_TOP))
+        about = top.get("about")
+        if about is not None and not isinstance(about.value, str):
+            self._add(about.line, f"about = {about.plain()!r}"[:100], "text")
         entries = top.get("rules")
         if entries is None or not isinstance(entries.value, list):
             line = 1 if entries is None else entries.line
@@ -327,6 +402,13 @@ class _Reader:
 
     def _number(self, value: Any, sizes: Mapping[str, int], line: int, what: str) -> int | None:
         """An int, or a sum of products of sizes."""
+        number = self._evaluated(value, sizes, line, what)
+        if number is not None and not 0 <= number < 1 << 63:
+            self._add(line, f"{what} = {value!r}"[:100], "a number of at least 0, below 2**63")
+            return None
+        return number
+
+    def _evaluated(self, value: Any, sizes: Mapping[str, int], line: int, what: str) -> int | None:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
         if isinstance(value, str):
@@ -342,7 +424,7 @@ class _Reader:
                 unknown = [n for n in parsed.names if n not in sizes]
                 self._add(line, f'{what} = "{value}"', f"a value for {', '.join(unknown)}")
                 return None
-        self._add(line, f"{what} = {value!r}", "an int, or a sum of products of sizes")
+        self._add(line, f"{what} = {value!r}"[:100], "an int, or a sum of products of sizes")
         return None
 
     def _rule(self, entry: _Value, sizes: Mapping[str, int]) -> Rule | None:
@@ -396,9 +478,9 @@ class _Reader:
 
 
 def _made(plain: Mapping[str, Any], at: Any, sizes: Mapping[str, int]) -> Rule:
-    reserved = [name for name in sizes if name in _KEYS]
+    reserved = [name for name in sizes if name in (*_KEYS, "self")]
     if reserved:
-        raise ValueError(f'an axis cannot be named "{reserved[0]}", which is a key of rules')
+        raise ValueError(f'an axis cannot be named "{reserved[0]}", which has a meaning of its own')
     return Rule(
         plain.get("src"),
         plain.get("dst"),
