@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import paramkit
 from benchmarks import compare, matrix, memory, plain, publish, rounds, streaming, table, text
 from benchmarks.__main__ import main
-from benchmarks.cases import CASES, GROUPS, Case, Work
+from benchmarks.cases import CASES, GROUPS, Case, Work, experts, fused, models, verify
 from benchmarks.cases.casts import DTYPES, QUICK
+from benchmarks.cases.transplants import DENSE
 from benchmarks.limits import Limits
 from benchmarks.measure import check, run_case
 from benchmarks.sides import Side, sides_of
@@ -184,6 +189,130 @@ def test_a_case_of_memory() -> None:
     assert outcome.as_dict()["temporary_bytes"]["paramkit"] == 0
 
 
+# --- transplants ----------------------------------------------------------------------------------
+
+
+def test_the_named_mixture_is_the_mixture() -> None:
+    shapes = models.experts()
+    assert Counter(shapes.values()) == sum(
+        (Counter({line.shape: line.count}) for line in mixture.TABLE), Counter()
+    )
+    assert max(math.prod(shape) for shape in shapes.values()) == 1024 * 32
+    assert len(models.experts(2)) < 0.51 * len(shapes)  # half as much, for growth
+
+
+def test_models_have_the_names_and_tensors_given() -> None:
+    for shapes in (models.experts(64), DENSE["tiny"]):
+        for make in (models.filled, models.small):
+            state = make(shapes)
+            found = models.nested(state).state_dict()
+            assert list(found) == list(shapes)
+            assert all(found[name].data_ptr() == state[name].data_ptr() for name in found)
+            assert {name: tuple(tensor.shape) for name, tensor in found.items()} == dict(shapes)
+    for words, shapes in DENSE.items():
+        size = 2 * sum(math.prod(shape) for shape in shapes.values())
+        named = {"2 GiB": 2 << 30, "1 GiB": 1 << 30, "256 MiB": 256 << 20, "tiny": size}[words]
+        assert named <= size < 1.001 * named
+
+
+def test_fused_models_hold_what_split_ones_hold() -> None:
+    for sizes, words in ((fused.LARGE, 1 << 30), (fused.SMALL, 192 << 20), (fused.TINY, 0)):
+        split, whole = (
+            sum(math.prod(shape) for shape in shapes.values())
+            for shapes in (sizes.split(), sizes.fused())
+        )
+        assert split == whole
+        assert not words or 2 * split == words
+
+
+def test_folders_are_removed() -> None:
+    folder = models.Folder()
+    path = folder.path
+    (path / "file").write_text("held")
+    assert path.is_dir()
+    del folder
+    assert not path.exists()
+
+
+def test_every_rule_of_the_matching_case_is_needed() -> None:
+    pairs = experts.rules()
+    assert len({src for src, _ in pairs}) == len(pairs) == experts.RULES
+    names = list(models.experts(64))
+    renamed = experts._renamed(names, pairs)
+    assert len(set(renamed.values())) == len(names)
+    assert renamed["model.layers.7.moe.experts.1.up.weight"] == "decoder.blocks.7.experts.1.w3"
+    assert renamed["model.layers.8.moe.experts.1.up.weight"] == "model.blocks.8.experts.1.w3"
+    assert renamed["model.layers.70.attn.q.weight"] == "decoder.blocks.70.attention.q"
+    assert renamed["model.layers.5.attn.q.weight"] == "model.layers.5.attn.q.weight"
+    for pair in pairs[:: len(pairs) // 7]:
+        assert len(experts._renamed(names, [pair]).items() - {(n, n) for n in names}) > 0
+
+
+def test_verify_is_not_timed_where_it_is_blind() -> None:
+    state = {"a": torch.ones(8, dtype=torch.bfloat16), "b": torch.ones(8, dtype=torch.bfloat16)}
+    held = {name: tensor.clone() for name, tensor in state.items()}
+    verify._see_a_bit(paramkit.plan(held, state), held)
+    assert all(torch.equal(held[name], state[name]) for name in state)
+
+    class Blind:
+        def verify(self) -> list[str]:
+            return []
+
+    with pytest.raises(AssertionError, match="one bit of b"):
+        verify._see_a_bit(Blind(), held)
+    held["a"][0] = 2
+    with pytest.raises(AssertionError, match="after apply"):
+        verify._see_a_bit(paramkit.plan(held, state), held)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_what_a_call_finds_is_proved_by_another(right: bool) -> None:
+    def make(tiny: bool) -> Work:
+        dst = torch.zeros(8)
+        return Work(
+            ours=lambda: None,
+            proof=lambda: dst.fill_(1.0 if right else 2.0),
+            peer=lambda: dst.fill_(1.0),
+            dsts=[dst],
+            bytes=0,
+        )
+
+    wanted = (AtLeast("ratio", 1e-9), AtMost("seconds", 60))
+    outcome = run_case(
+        Case("made", "small", "made for the test", wanted, "interleaved", make), tiny=True
+    )
+    assert outcome.verdict.word == ("met" if right else "error")
+
+
+def test_growth_is_measured() -> None:
+    def make(tiny: bool) -> Work:
+        dst = torch.zeros(8)
+
+        def ours() -> None:
+            time.sleep(0.02)
+            dst.fill_(1.0)
+
+        return Work(
+            ours=ours,
+            half=lambda: time.sleep(0.001),
+            peer=lambda: dst.fill_(1.0),
+            dsts=[dst],
+            bytes=32,
+        )
+
+    limit = (AtMost("growth", 4.0),)
+    case = Case("made", "small", "made for the test", limit, "interleaved", make)
+    outcome = run_case(case, tiny=True)
+    assert outcome.verdict.word == "missed"  # twenty times as long, give or take the clock
+    assert "the time of half as much, wanted 4" in outcome.verdict.detail
+    found = json.loads(json.dumps(outcome.as_dict()))
+    assert found["growth"]["value"] > 4
+    assert outcome.figures["seconds"] is not None and outcome.figures["seconds"].value >= 0.02
+    shown = table.plain(result(row("a", "small", 2.0, growth=found["growth"])))
+    assert "growth" in shown
+    assert "growth" not in table.plain(result(row("a", "small", 2.0)))
+
+
 # --- plain C --------------------------------------------------------------------------------------
 
 
@@ -215,7 +344,7 @@ def test_plain_copies_and_fills(kind: int, own_pool: bool) -> None:
 def test_limits_are_the_best_plain_loops() -> None:
     limits = Limits(1 << 16)
     assert limits.gbs("copy") is None
-    for what, moved in (("copy", 2 << 16), ("fill", 1 << 16)):
+    for what, moved in (("copy", 2 << 16), ("fill", 1 << 16), ("compare", 2 << 16)):
         loop = limits.loop(what)
         assert loop is not None and loop.bytes == moved
         limits.add(what, [float(moved), 2.0 * moved, 4.0 * moved])
@@ -223,6 +352,30 @@ def test_limits_are_the_best_plain_loops() -> None:
     assert limits.as_dict()["copy"]["samples"] == 3
     with pytest.raises(ValueError, match="dense"):
         plain.candidates(torch.zeros(4, 4).t(), None)
+    with pytest.raises(ValueError, match="dense"):
+        plain.comparisons(torch.zeros(4, 4), torch.zeros(4, 4).t())
+
+
+@needs_compiler
+@pytest.mark.parametrize("own_pool", [False, True])
+@pytest.mark.parametrize("kind", range(len(plain.COMPARISONS)), ids=plain.COMPARISONS)
+def test_plain_comparisons_see_every_byte(kind: int, own_pool: bool) -> None:
+    """Every length, and a bit changed anywhere: first, last, between; not the bytes around."""
+    if not plain.compiled().plain_has_compare(kind):
+        pytest.skip("this machine does not have it")
+    source = inputs.random_bits((9000,), torch.uint8)
+    for size in (*range(70), 255, 256, 257, 511, 513, 1023, 4097, 8191):
+        other = torch.full((size + 2,), 0xA5, dtype=torch.uint8)
+        first, second = source[size % 7 :][:size], other[1 : size + 1]
+        second.copy_(first)
+        loop = plain.Compare(kind, first, second, size % 3 + 1, own_pool)
+        assert loop.bytes == 2 * size
+        assert loop(2)
+        for at in {0, size // 3, size // 2, size - 1} if size else ():
+            second[at] ^= 1 << at % 8
+            assert not loop(), (size, at)
+            second[at] ^= 1 << at % 8
+        assert loop()
 
 
 def test_without_a_compiler_the_plain_columns_are_empty(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +404,8 @@ def test_the_sides_that_targets_need_are_there() -> None:
         ("cast float8_e4m3fn->bfloat16", {"ceiling"}),
         ("replay 1000x64", {"ceiling"}),
         ("replay experts", set()),
+        ("verify 1 GiB", {"limit"}),
+        ("match 31337 names x 400 rules", {"half"}),
     ):
         case = next(case for case in CASES if case.name == name)
         found = sides_of(case, case.make(True), Limits(1 << 12), quick=False)
@@ -286,6 +441,11 @@ def test_verdicts() -> None:
     assert judge(guard, {"ratio": flat(0.94)}).word == "missed"
     assert judge(guard, {"ratio": flat(0.5, 1.5)}).word == "missed"
     assert judge((AtMost("memory", 0),), {"memory": flat(0)}).word == "met"
+    assert judge((AtMost("seconds", 2),), {"seconds": flat(2.0)}).word == "met"
+    assert judge((AtMost("seconds", 2),), {"seconds": flat(2.1, 0.2)}).word == "noise"
+    assert judge((AtMost("seconds", 2),), {"seconds": flat(2.1, 0.05)}).word == "missed"
+    assert judge((AtMost("seconds", 2),), {"seconds": flat(3.0, 2.0)}).word == "missed"
+    assert str(AtMost("seconds", 2)) == "<= 2 s"
     assert "4,096 bytes" in judge((AtMost("memory", 0),), {"memory": flat(4096)}).detail
 
 
