@@ -207,11 +207,11 @@ def layout_finding(
             name, "meta", f"a meta {what}, which has no memory", "a tensor with memory", hint
         )
     if tensor.layout is not torch.strided or tensor.is_nested:
-        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        form = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         return Finding(
             name,
             "layout",
-            f"a {kind} tensor",
+            f"a {form} tensor",
             "a dense, strided tensor",
             "convert it with to_dense()",
         )

@@ -22,19 +22,10 @@ class _Course:
 
     Attributes:
         begun, finished: steps of a `Streamed` plan.
-        reported: bytes that were said to be written.
-        progress: the caller's.
     """
 
-    progress: Progress | None
     begun: int = 0
     finished: int = 0
-    reported: int = 0
-
-    def report(self, written: int, total: int) -> None:
-        self.reported = written
-        if self.progress is not None:
-            self.progress(written, total)
 
 
 def execute(
@@ -66,16 +57,16 @@ def execute(
             the model is marked all the same.
     """
     journal = Journal() if atomic else None
-    course = _Course(progress)
+    course = _Course()
     try:
         if isinstance(compiled, Streamed):
             if compiled.replaced() or any(compiled.moved()):
                 return False
-            _run_steps(compiled, journal, course)
+            _run_steps(compiled, journal, progress, course)
         else:
             if journal is not None:
                 journal.note_plan(compiled)
-            if not compiled.run(None if progress is None else course.report):
+            if not compiled.run(progress):
                 return False
     except BaseException as error:
         if journal is not None:
@@ -92,7 +83,9 @@ def execute(
     return True
 
 
-def _run_steps(compiled: Streamed, journal: Journal | None, course: _Course) -> None:
+def _run_steps(
+    compiled: Streamed, journal: Journal | None, progress: Progress | None, course: _Course
+) -> None:
     total = sum(step.bytes for step in compiled.steps)
     written = 0
     for step in compiled.loaded():
@@ -102,7 +95,8 @@ def _run_steps(compiled: Streamed, journal: Journal | None, course: _Course) -> 
         compiled.run_step(step)
         course.finished += 1
         written += step.bytes
-        course.report(written, total)
+        if progress is not None:
+            progress(written, total)
 
 
 def _state(
@@ -121,9 +115,7 @@ def _state(
     else:
         # What a failed run of sources in memory did is told from the values themselves.
         differ = set(compiled.verify())
-        # All of them may be half written: then somebody was told so.
-        nothing = len(differ) == len(write_names) and not course.reported
-        left = None if nothing else {write_names[w] for w in differ}
+        left = None if len(differ) == len(write_names) else {write_names[w] for w in differ}
     if not left:
         return None
     own = [n for n in names if n not in apart]

@@ -428,7 +428,7 @@ def test_one_problem_among_many_good_names(bad: str) -> None:
     if bad == "missing":
         del source[name]
     elif bad == "unexpected":
-        source["layers.2.qkv.wieght"] = source[name]
+        source["layers.2.qkv.wieght"] = source[name].clone()
     elif bad == "shape":
         source[name] = source[name][:-1]
     elif bad == "meta":
