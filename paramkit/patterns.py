@@ -6,7 +6,7 @@ view), the source is permuted to the destination's order, and axes that one side
 pinned to an index, paired with a range, or repeated. Nothing is ever merged, so nothing is ever copied.
 
 Example:
-    >>> sizes, dst, src = compile("i o -> o i", (), {}, (2, 3), (3, 1), (3, 2), (2, 1))
+    >>> sizes, dst, src, _ = compile("i o -> o i", (), {}, (2, 3), (3, 1), (3, 2), (2, 1))
     >>> sizes, dst.strides, src.strides
     ((3, 2), (2, 1), (1, 3))
 """
@@ -28,7 +28,6 @@ __all__ = [
     "Views",
     "compile",
     "compile_side",
-    "compile_views",
     "infer",
     "parse",
     "parse_at",
@@ -266,7 +265,7 @@ def compile(
     src_strides: Shape,
     dst_shape: Shape,
     dst_strides: Shape,
-) -> tuple[tuple[int, ...], View, View]:
+) -> Views:
     """Views of a source and a destination that a pattern puts side by side.
 
     Args:
@@ -277,8 +276,8 @@ def compile(
         dst_shape: the destination's shape, with `dst_strides` in elements.
 
     Returns:
-        (sizes, destination view, source view): one size for each elementary axis that takes part,
-        in the destination's order, both views of those sizes.
+        One size for each elementary axis that takes part, in the destination's order; both views of those
+        sizes; and the source axes at `*`, which must hold the same values at every index.
 
     Raises:
         Mismatch: the pattern does not fit the shapes; names the axis.
@@ -287,28 +286,6 @@ def compile(
     Example:
         >>> compile("h e -> (s h) e", {"s": 1}, {}, (2, 5), (5, 1), (6, 5), (5, 1))[1]
         View(sizes=(2, 5), strides=(5, 1), offset=10)
-    """
-    sizes, dst, src, same = compile_views(
-        pattern, at, axis_sizes, src_shape, src_strides, dst_shape, dst_strides
-    )
-    if same:
-        raise ValueError(f"a source axis of equal values needs compile_views, got at={dict(at)}")
-    return sizes, dst, src
-
-
-def compile_views(
-    pattern: str | Pattern,
-    at: Mapping[str, int | str] | Iterable[tuple[str, int | str]],
-    axis_sizes: Mapping[str, int],
-    src_shape: Shape,
-    src_strides: Shape,
-    dst_shape: Shape,
-    dst_strides: Shape,
-) -> Views:
-    """As `compile`, with the source axes at `*`, which hold the same values at every index.
-
-    >>> compile_views("(h r) e -> h e", {"r": "*"}, {"r": 2}, (4, 3), (3, 1), (2, 3), (3, 1)).same
-    ((2, 3),)
     """
     parsed = parse(pattern) if isinstance(pattern, str) else pattern
     pins = {axis: parse_at(str(value)) for axis, value in dict(at).items()}

@@ -21,7 +21,8 @@ from .errors import Finding, PlanError, Suggester
 from .fills import Constant, Fill, Mean, Normal
 from .hints import did_you_mean, joined, nearest_template, pattern_guess
 from .hooks import HookCheck
-from .patterns import Mismatch, View, Views, compile_side, compile_views, parse
+from .patterns import Mismatch, View, Views, compile_side, parse
+from .patterns import compile as compile_pattern
 from .proof import Part, Proof
 from .rules import Rule
 from .sources import open_source
@@ -580,7 +581,7 @@ class Resolver:
         found: Views | Mismatch | None = self._layouts.get(key)
         if found is None:
             try:
-                found = compile_views(
+                found = compile_pattern(
                     rule.pattern or "",
                     (*rule.at, *job.pins),
                     dict(rule.axis_sizes),

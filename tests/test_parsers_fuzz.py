@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paramkit import Rule
-from paramkit.patterns import Mismatch, compile_views, infer, parse, parse_at, reversed_text
+from paramkit.patterns import Mismatch, compile, infer, parse, parse_at, reversed_text
 from paramkit.templates import Template
 
 axes = st.sampled_from(
@@ -58,7 +58,7 @@ def test_compiling(
     with contextlib.suppress(ValueError, Mismatch):
         infer(text, at, {}, src)
     try:
-        views = compile_views(text, at, {}, src, strides(src), dst, strides(dst))
+        views = compile(text, at, {}, src, strides(src), dst, strides(dst))
     except (ValueError, Mismatch):
         return
     # What is compiled lies within both tensors.

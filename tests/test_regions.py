@@ -269,7 +269,7 @@ def by_pattern(
     pattern: str, src: tuple[int, ...], dst: tuple[int, ...], at: dict[str, int | str], **sizes: int
 ) -> tuple[Region, Region]:
     """(source region, destination region) of a rule between dense tensors."""
-    made, d, s = compile_pattern(
+    made, d, s, _ = compile_pattern(
         pattern, at, sizes, src, dense(*src).strides, dst, dense(*dst).strides
     )
     return Region(s.offset, tuple(made), tuple(s.strides)), Region(
