@@ -50,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         fail(f"error: {error}")
         return int(options.trouble)
+    except MemoryError:
+        fail("error: out of memory")
+        return int(options.trouble)
     except KeyboardInterrupt:
         fail(f"interrupted; {options.interrupted}")
         return 130

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,29 @@ import torch
 from torch import Tensor
 
 from ..casting import CASTINGS
+from ..recipes import describe
+from ..recipes import names as recipe_names
 from ..rulefile import load_rules
-from ..rules import Rule
+from ..rules import Rule, invert
 from ..shapes import infer_destinations
 from ..sources import open_source
 from ..sources.safetensors_file import DTYPES
+from ..templates import NameFilter
 from .files import files_of
+from .text import fail
 
-__all__ = ["Job", "add_json", "add_rules", "add_transplant", "byte_size", "parser", "rules_of"]
+__all__ = [
+    "Job",
+    "add_json",
+    "add_quiet",
+    "add_rules",
+    "add_transplant",
+    "byte_size",
+    "parser",
+    "rules_of",
+    "unusable",
+    "wrong",
+]
 
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
@@ -81,6 +96,12 @@ def setting(text: str) -> tuple[str, int]:
     return match[1], int(match[2])
 
 
+def _rule_file(text: str) -> Path:
+    """The path of a rule file or of a recipe."""
+    path = Path(text)
+    return describe(text).path if not path.exists() and text in recipe_names() else path
+
+
 def add_json(command: Any) -> None:
     command.add_argument("--json", action="store_true", help="as JSON, for programs")
 
@@ -92,7 +113,16 @@ def add_quiet(command: Any) -> None:
 def add_rules(command: Any) -> None:
     """`--rules`, `--set` and `--no-identity`."""
     command.add_argument(
-        "-r", "--rules", metavar="FILE", type=Path, help="rules for names and axes, .yaml or .toml"
+        "-r",
+        "--rules",
+        metavar="FILE",
+        type=_rule_file,
+        help="rules for names and axes: a .yaml or .toml file, or the name of a recipe of paramkit.recipes",
+    )
+    command.add_argument(
+        "--inverse",
+        action="store_true",
+        help="the way back: what the rules make becomes the source",
     )
     command.add_argument(
         "--set",
@@ -164,7 +194,8 @@ def rules_of(options: argparse.Namespace) -> list[Rule]:
     Raises:
         RuleFileError: the file cannot be read.
     """
-    return load_rules(options.rules, **dict(options.sizes)) if options.rules else []
+    rules = load_rules(options.rules, **dict(options.sizes)) if options.rules else []
+    return invert(rules) if options.inverse else rules
 
 
 @dataclass
@@ -225,15 +256,29 @@ def _with_dtype(tensors: Mapping[str, Any], dtype: torch.dtype | None) -> dict[s
     }
 
 
-def wrong(command: Sequence[str] | str, text: str) -> int:
-    """Say that the command line is wrong, as argparse does, and return its exit code."""
-    from .text import fail
+def unusable(options: argparse.Namespace) -> str | None:
+    """What is wrong with options that are fine one by one, or with a name in them."""
+    if (options.sizes or options.inverse) and not options.rules:
+        option = "--set" if options.sizes else "--inverse"
+        return f"{option} is about the rules, and there are no --rules"
+    twice = _repeated(options.sizes)
+    if twice:
+        return f"--set {twice} is given twice"
+    for argument in ("allow_missing", "allow_unexpected"):
+        try:
+            NameFilter(getattr(options, argument, ()), argument)
+        except ValueError as error:
+            return f"--{argument.replace('_', '-')}: {error}"
+    return None
 
+
+def wrong(command: str, text: str) -> int:
+    """Say that the command line is wrong, as argparse does, and return its exit code."""
     fail(f"error: {text}; see paramkit {command} --help")
     return 2
 
 
-def repeated(sizes: Iterable[tuple[str, int]]) -> str | None:
+def _repeated(sizes: Iterable[tuple[str, int]]) -> str | None:
     """A size that is set twice to different values."""
     seen: dict[str, int] = {}
     for name, value in sizes:

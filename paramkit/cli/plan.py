@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from ..conflicts import find_conflicts
+from ..errors import Finding, PlanError
 from ..explain import explain
 from ..judge import conflict_finding, conversion_findings, summary_of
 from ..resolve import Resolved, plan_error, resolve
-from .options import Job, add_transplant, parser, repeated, wrong
+from .options import Job, add_transplant, parser, unusable, wrong
 from .text import dtype_text, say, say_json
 
 __all__ = ["add", "proven"]
@@ -42,14 +43,6 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def unusable(options: argparse.Namespace) -> str | None:
-    """What is wrong with options that are fine one by one."""
-    if options.sizes and not options.rules:
-        return "--set is for the sizes of a rule file, and there are no --rules"
-    twice = repeated(options.sizes)
-    return f"--set {twice} is given twice" if twice else None
-
-
 def proven(job: Job) -> Resolved:
     """The writes of a job, proven complete and apart.
 
@@ -57,7 +50,10 @@ def proven(job: Job) -> Resolved:
         PlanError: with everything that is wrong.
     """
     device = torch.device("cpu")
-    resolved = resolve(job.targets, job.source, job.rules, **job.settings, device=device)
+    try:
+        resolved = resolve(job.targets, job.source, job.rules, **job.settings, device=device)
+    except PlanError as error:
+        raise PlanError(error.summary, [_of_a_file(f) for f in error.findings]) from None
     findings = conversion_findings(resolved)
     findings += [
         conflict_finding(resolved, c.kind, c.first, c.second) for c in find_conflicts(resolved)
@@ -65,6 +61,14 @@ def proven(job: Job) -> Resolved:
     if findings:
         raise plan_error(findings)
     return resolved
+
+
+def _of_a_file(finding: Finding) -> Finding:
+    """What is said about a model without memory, as it is true of a file that is to be made."""
+    if finding.kind != "meta":
+        return finding
+    expected = "every element written: a new file has nothing to keep"
+    return Finding(finding.name, "missing", "written in part", expected, "give the rule a fill")
 
 
 def as_data(resolved: Resolved) -> dict[str, Any]:

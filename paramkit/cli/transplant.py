@@ -22,8 +22,8 @@ from ..report import Report
 from ..sources import open_source
 from ..torn import TornError
 from .files import metadata_of
-from .options import Job, add_quiet, add_transplant, byte_size, parser, wrong
-from .plan import proven, unusable
+from .options import Job, add_quiet, add_transplant, byte_size, parser, unusable, wrong
+from .plan import proven
 from .progress import progress
 from .text import counted, say, say_json
 
@@ -82,8 +82,6 @@ def run(options: argparse.Namespace) -> int:
         return wrong("transplant", trouble)
     job = Job.of(options)
     resolved = proven(job)
-    if resolved.partial:
-        raise _nothing_to_keep(resolved.partial)
     left_out = set(resolved.kept)
     entries = [(n, t.dtype, tuple(t.shape)) for n, t in job.targets.items() if n not in left_out]
     metadata = {**metadata_of(job.source), "format": "pt"}
@@ -148,15 +146,6 @@ def _write(job: Job, output: SafetensorsOutput, options: argparse.Namespace) -> 
             raise PlanError(f"{options.output} was not made: {reason}", error.findings) from error
         output.commit()
     return report
-
-
-def _nothing_to_keep(names: list[str]) -> PlanError:
-    expected = "every element written: there is nothing to keep in a new file"
-    hint = "give the rule a fill"
-    return PlanError(
-        f"{counted(len(names), 'tensor')} would be written in part; nothing was written.",
-        [Finding(name, "missing", "written in part", expected, hint) for name in names],
-    )
 
 
 @contextmanager
