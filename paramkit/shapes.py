@@ -95,7 +95,7 @@ class _Shapes:
                 assert source is not None
                 read = True
                 self._apply(name, tensor, rule, bindings, one_sided(source, target), target, source)
-            if not read and not dropped and not any(t.match(name) for t in crossing):
+            if not read and not dropped and not any(t.match(name) is not None for t in crossing):
                 untouched.append(name)
         if self.identity:
             for name in [n for n in untouched if n not in self.made]:
@@ -172,6 +172,8 @@ class _Shapes:
                 sizes, least = infer(rule.pattern, rule.at, dict(rule.axis_sizes), ())
             except Mismatch:
                 continue  # another part says it
+            # An axis that the rule takes whole is as long as the sources make it.
+            least = {axis: size for axis, size in least.items() if axis in dict(rule.at)}
             made.sides.append((parse(rule.pattern).dst, sizes, least, str(rule)))
         if target.literal and target.text not in self.made:
             self.findings.append(
