@@ -105,10 +105,10 @@ def compare(
         >>> a = {"w": torch.ones(2), "n": torch.ones(3), "x": torch.ones(2, 3)}
         >>> b = {"w": torch.tensor([1.0, 1.5]), "n": torch.ones(3).half(), "x": torch.ones(3, 2)}
         >>> for c in compare(a, b):
-        ...     print(c.name, c.status, c.largest, c.note)
-        w changed 0.5
-        n cast-equal None exact both ways
-        x reshaped None equal when flattened
+        ...     print(f"{c.name}: {c.status}, {c.largest or c.note}")
+        w: changed, 0.5
+        n: cast-equal, exact both ways
+        x: reshaped, equal when flattened
     """
     findings = [
         f
