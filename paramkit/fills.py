@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -101,6 +102,32 @@ class Fill:
             out["seed"] = self.seed
         return out
 
+    def misfit(self, dtype: torch.dtype, casting: str = "same_kind") -> str:
+        """Why a tensor of that dtype cannot hold it, or "".
+
+        >>> Fill.read(0.5).misfit(torch.int64), Fill.read(300).misfit(torch.uint8)
+        ('a fraction in a tensor of int64', 'beyond what uint8 can hold')
+        """
+        kind = str(dtype).removeprefix("torch.")
+        whole = not (dtype.is_floating_point or dtype.is_complex)
+        if self.kind != "value":
+            fractions = whole and casting != "unsafe"
+            return f"values with fractions in a tensor of {kind}" if fractions else ""
+        number = self.value.real
+        if self.value.imag and not dtype.is_complex:
+            return f"a complex number in a tensor of {kind}"
+        if whole:
+            if number != number or abs(number) == float("inf"):
+                return f"no number that {kind} can hold"
+            if int(number) != number and casting != "unsafe":
+                return f"a fraction in a tensor of {kind}"
+            limits = None if dtype == torch.bool else torch.iinfo(dtype)
+            beyond = limits is not None and not limits.min <= int(number) <= limits.max
+        else:
+            most = torch.finfo(dtype).max
+            beyond = any(most < abs(n) < float("inf") for n in (number, self.value.imag))
+        return f"beyond what {kind} can hold" if beyond else ""
+
     def __str__(self) -> str:
         return f"fill {self.plain()}"
 
@@ -170,12 +197,16 @@ class Normal(Lazy):
 
     def _block(self, number: int) -> Tensor:
         text = f"{self._fill.seed}|{self._name}|{number}"
-        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
-        generator = torch.Generator().manual_seed(seed)
-        # Always float64: torch's float32 values depend on the instruction set.
-        values = torch.empty(self.BLOCK, dtype=torch.float64)
-        values.normal_(self._fill.mean, float(self._fill.value.real), generator=generator)
-        return values.to(self.dtype)
+        return _normal(text, self._fill.mean, float(self._fill.value.real), self.dtype)
+
+
+@lru_cache(maxsize=2)  # a small staging buffer asks for a block in many pieces
+def _normal(text: str, mean: float, std: float, dtype: torch.dtype) -> Tensor:
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
+    generator = torch.Generator().manual_seed(seed)
+    # Always float64: torch's float32 values depend on the instruction set.
+    values = torch.empty(Normal.BLOCK, dtype=torch.float64)
+    return values.normal_(mean, std, generator=generator).to(dtype)
 
 
 class Mean(Lazy):

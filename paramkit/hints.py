@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice, permutations
 from math import prod
 
@@ -75,6 +75,7 @@ class Counterparts:
 
     _MOST = 20_000  # names looked at for shapes, and
     _HINTS = 2_000  # names that get a hint by shape: more are no longer read
+    _BESIDE = 8  # names of one module among which parts are looked for
 
     def __init__(self, idle: Mapping[str, Shape], mine: Mapping[str, Shape]) -> None:
         self._idle, self._mine = idle, mine
@@ -145,6 +146,13 @@ class Counterparts:
                     groups.setdefault(key, []).append(name)
         out: Groups = {}
         for (numbers, *_), names in groups.items():
-            if 2 <= len(names) <= 4:
-                out.setdefault(numbers, []).append(names)
+            if 2 <= len(names) <= self._BESIDE:
+                out.setdefault(numbers, []).extend(_runs(names))
         return out
+
+
+def _runs(names: list[str]) -> Iterator[list[str]]:
+    """Two to four names that follow each other, more before fewer: others may stand beside them."""
+    for size in range(min(4, len(names)), 1, -1):
+        for first in range(len(names) - size + 1):
+            yield names[first : first + size]

@@ -540,6 +540,8 @@ class Resolver:
             part = View((dst_shape[0] - n, *rest), dst_strides, n * dst_strides[0])
             if rule.fill is None:
                 self.proof.keep(job.dst, Part(part, str(rule), False))
+            elif self._cannot_hold(job.dst, job.dst_name, rule.fill):
+                pass
             elif rule.fill.kind == "mean":
                 mean = Mean(s, n, d.tensor.dtype)
                 name = f"{self.src_names[job.src]} (mean)"
@@ -552,6 +554,8 @@ class Resolver:
         if not self._can_use("dst", d, name, destination.tensor):
             self.proof.failed.add(d)
             return
+        if self._cannot_hold(d, name, fill):
+            return
         text = joined(text, str(fill))
         if fill.kind == "value":
             constant = Constant(fill.value, destination.tensor)
@@ -559,6 +563,17 @@ class Resolver:
             return
         made = Normal(fill, destination.name, part.sizes, destination.tensor.dtype)
         self._made(d, str(fill), made, part, text, made.strides)
+
+    def _cannot_hold(self, d: int, name: str, fill: Fill) -> bool:
+        """Whether a fill is of no use for a destination's dtype, which is then a finding."""
+        dtype = self.destinations[d].tensor.dtype
+        misfit = fill.misfit(dtype, self.casting)
+        if not misfit:
+            return False
+        self.proof.failed.add(d)
+        wanted = f"a value of {str(dtype).removeprefix('torch.')}"
+        self.findings.append(Finding(name, "dtype", str(fill), wanted, misfit))
+        return True
 
     def _made(
         self, d: int, name: str, made: Any, part: View, text: str, strides: tuple[int, ...]
