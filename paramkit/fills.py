@@ -224,9 +224,14 @@ class Mean(Lazy):
     def __init__(self, source: Any, rows: int, dtype: torch.dtype) -> None:
         super().__init__(tuple(source.shape[1:]), dtype)
         self._source, self._rows = source, rows
+        self._taken: Tensor | None = None
 
     def read_into(self, begin: int, end: int, out: Tensor) -> None:
-        out.copy_(self._values().reshape(-1).view(torch.uint8)[begin:end])
+        # Asked for in pieces, the first one first: the source is read once for all of them, and again when they
+        # are asked for again, as its values may be others by then.
+        taken = self._values() if begin == 0 or self._taken is None else self._taken
+        out.copy_(taken.reshape(-1).view(torch.uint8)[begin:end])
+        self._taken = None if end == self.nbytes else taken
 
     def _values(self) -> Tensor:
         source = self._source

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .iterate import is_stream, transplant_stream
+from .journal import shielded
 from .plan import Options, Progress, model_plan
 from .report import Report
 from .rules import Rule
@@ -105,7 +106,7 @@ def transplant(
     if requires_grad is not None:
         made._trainable(requires_grad)  # raises before anything is written
     report = made.apply(atomic=atomic, progress=progress)
-    made._install()
+    shielded(made._install)
     if requires_grad is not None:
         made.set_requires_grad(requires_grad)
     return report

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 
 import paramkit
 from paramkit import PlanError, Rule
+from paramkit.sources.lazy import StoredFile
 from tests.guards import Layout, assert_same_bits, nothing_written, place, watch
 
 NORMAL = {"normal": 0.5, "mean": 3.0, "seed": 4}
@@ -98,6 +99,31 @@ def test_a_mean_is_taken_in_float64_and_rounded_once(dtype: torch.dtype, tmp_pat
         )
         assert_same_bits(destination[3001:], want.float().expand(2, 6))
         assert_same_bits(destination[:3001], source.float())
+
+
+def test_a_mean_is_read_once_and_taken_again_when_values_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = {"w": torch.randn(10, 3000)}
+    destination = {"w": torch.zeros(11, 3000)}
+    path, rules = as_file(source, tmp_path), [Rule("w", "w", rows="overlap", fill="mean")]
+    plan = paramkit.plan(destination, path, rules, staging=4096)  # a mean in many pieces
+    read, before = [0], StoredFile.read
+
+    def counted(file: StoredFile, offset: int, out: Tensor) -> None:
+        read[0] += len(out)
+        before(file, offset, out)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoredFile, "read", counted)
+        plan.apply()
+    assert read[0] == source["w"].nbytes
+    assert_same_bits(destination["w"][10], source["w"].double().mean(0).float())
+    plan = paramkit.plan(destination, source, rules, staging=4096)
+    for _ in range(2):
+        plan.apply()
+        assert_same_bits(destination["w"][10], source["w"].double().mean(0).float())
+        source["w"].add_(torch.randn(10, 3000))
 
 
 class Small(nn.Module):

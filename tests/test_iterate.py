@@ -363,6 +363,19 @@ def test_dropped_tensors_need_no_memory_or_layout() -> None:
     assert bool(net.weight.all())
 
 
+@pytest.mark.usefixtures("backend")
+def test_what_no_item_reaches_can_be_filled_or_kept() -> None:
+    values = {n: t for n, t in checkpoint().items() if not n.startswith("norm.")}
+    for rule in (Rule(None, "norm.*", fill=3), Rule(None, "norm.*")):
+        net = guarded()
+        before = net.norm.running_var.clone()
+        seen = watch(*tensors(net))
+        report = paramkit.transplant(net, iter(values.items()), [*RULES[:-1], rule])
+        assert_same_bits(net.norm.running_var, before if rule.fill is None else before * 0 + 3)
+        assert ("norm.running_var" in report.summary.kept) == (rule.fill is None)
+        seen.assert_only_inside()
+
+
 def test_no_device_for_iterators() -> None:
     with torch.device("meta"):
         net = nn.Linear(3, 2)

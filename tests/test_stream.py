@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -25,6 +26,7 @@ from tests.guards import (
     assert_same_storage,
     nothing_written,
     place,
+    random_layout,
     watch,
 )
 
@@ -482,3 +484,43 @@ def test_a_file_written_to_while_it_is_read(tmp_path: Path) -> None:
     assert caught.value.state.written == ()
     assert set(caught.value.state.unwritten) == {"w", "b"}
     assert paramkit.torn(model) is not None
+
+
+# At random.
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_layouts_on_both_sides(seed: int, tmp_path: Path) -> None:
+    """Strided views in a checkpoint, strided destinations, a second source for the same elements."""
+    rng = random.Random(seed)
+    rules, names = [], "abcd"
+    destinations, twins, checkpoint = {}, {}, {}
+    for k in range(6):
+        shape = tuple(rng.randint(1, 14) for _ in range(rng.randint(1, 4)))
+        order = list(range(len(shape)))
+        rng.shuffle(order)
+        dtype = rng.choice([torch.float32, torch.bfloat16, torch.float64, torch.int16])
+        name, layout = str(k), random_layout(rng, [shape[a] for a in order])
+        destinations[name], twins[name] = place(layout, dtype), place(layout, dtype)
+        for source in (name, f"again {name}"):
+            checkpoint[source] = place(random_layout(rng, shape), dtype)
+            checkpoint[source].copy_(random_bits(shape, dtype, seed=100 * seed + k))
+            sides = (" ".join(names[a] for a in axes) for axes in (range(len(shape)), order))
+            rules.append(Rule(source, name, " -> ".join(sides)))
+    path = tmp_path / "m.pt"
+    torch.save(checkpoint, path)
+    paramkit.transplant(twins, checkpoint, rules)
+    plan = paramkit.plan(destinations, path, rules, staging=rng.choice([4096, 5003, 20_000]))
+    plan.apply()
+    for name, tensor in destinations.items():
+        assert_same_storage(tensor, twins[name], name)
+    assert plan.verify() == []
+
+    wrong = str(rng.randrange(6))
+    changed = checkpoint[f"again {wrong}"]
+    index = tuple(rng.randrange(n) for n in changed.shape)
+    changed[index] += 64
+    torch.save(checkpoint, tmp_path / "other.pt")
+    with nothing_written(*destinations.values()), pytest.raises(PlanError) as caught:
+        plan.apply(tmp_path / "other.pt")
+    assert [(f.name, f.kind) for f in caught.value.findings] == [(wrong, "conflict")]
