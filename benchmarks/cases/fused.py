@@ -115,6 +115,9 @@ class Sizes:
 
 LARGE = Sizes(heads=16, keys=8, half=64, inner=8192, layers=11, vocabulary=14336)
 SMALL = Sizes(heads=16, keys=8, half=64, inner=8192, layers=2, vocabulary=4096)
+STAGING = 32 << 20
+"""Bytes of the buffer that a file is read through; sources in memory need none."""
+
 TINY = Sizes(heads=4, keys=2, half=4, inner=48, layers=2, vocabulary=64)
 
 
@@ -141,7 +144,7 @@ def _fused(sizes: Sizes, how: str, tiny: bool) -> Work:
     model, rules = nested(to), sizes.rules()
     dsts = list(model.parameters())
     return Work(
-        ours=lambda: paramkit.transplant(model, source, rules),
+        ours=lambda: paramkit.transplant(model, source, rules, staging=STAGING),
         peer=lambda: sizes.by_hand(to, state or load_file(source)),
         dsts=dsts,
         bytes=moved(dsts, dsts),
@@ -159,9 +162,8 @@ for size, sizes, quick in (("1 GiB", LARGE, False), ("192 MiB", SMALL, True)):
         quick=quick,
     )(partial(_fused, sizes, "memory"))
 
-# From memory and from a mapped file nothing is needed; a file that is read takes the staging buffer, and
-# what the kernel's lazy accounting cannot tell from it.
-for how, most in (("memory", 0), ("mmap", 0), ("pread", 16 << 20)):
+# From memory and from a mapped file nothing is needed; a file that is read takes the staging buffer.
+for how, most in (("memory", 0), ("mmap", 0), ("pread", STAGING)):
     case(
         f"memory transplant fused {how}",
         MEMORY,
