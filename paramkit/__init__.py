@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import backend
+from . import backend, recipes
 from .backend import status
 from .errors import Finding, PlanError, RuleFileError, SourceError, UnknownNameError
 from .fingerprint import fingerprint
@@ -44,6 +44,7 @@ __all__ = [
     "load_state_dict",
     "open_source",
     "plan",
+    "recipes",
     "save_rules",
     "status",
     "torn",

@@ -10,7 +10,7 @@ from torch import Tensor
 from .backend.native import same_bits
 from .casting import may_overflow, overflow_finding, overflows
 from .errors import Finding
-from .pieces import views
+from .pieces import same_memory, views
 from .resolve import Resolved, Write
 
 __all__ = ["overflow_findings", "tie_findings"]
@@ -28,6 +28,8 @@ def tie_findings(resolved: Resolved, sources: Sequence[Any], limit: int) -> list
     for a, b in resolved.ties:
         dtype = resolved.destinations[a.dst].tensor.dtype
         pair = (sources[a.src], sources[b.src])
+        if same_memory(sources, a, b):
+            continue
         if not all(_agree(x, y, dtype) for x, y in views(pair, (a, b), limit)):
             d = resolved.destinations[a.dst]
             first, second = (resolved.source_names[w.src] for w in (a, b))

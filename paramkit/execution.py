@@ -65,6 +65,8 @@ def execute(
             _run_steps(compiled, journal, progress, course)
         else:
             if journal is not None:
+                if compiled.replaced() or any(compiled.moved()):
+                    return False
                 journal.note_plan(compiled)
             if not compiled.run(progress):
                 return False
@@ -114,14 +116,24 @@ def _state(
         left = _left_by_steps(compiled, names, error, course, apart)
     else:
         # What a failed run of sources in memory did is told from the values themselves.
-        differ = set(compiled.verify())
-        left = None if len(differ) == len(write_names) else {write_names[w] for w in differ}
+        left = _left_by_values(compiled, write_names)
     if not left:
         return None
     own = [n for n in names if n not in apart]
     return Torn(
         tuple(n for n in own if n not in left), tuple(n for n in own if n in left), reason_of(error)
     )
+
+
+def _left_by_values(compiled: Any, write_names: Sequence[str]) -> set[str] | None:
+    """Names that do not hold the new values in full; None where no write was done."""
+    try:
+        if any(compiled.moved()):
+            return set(write_names)  # memory that was planned for is gone: nothing can be looked at
+        differ = set(compiled.verify())
+    except Exception:  # a device that fails again; the first error is the one to tell
+        return set(write_names)
+    return None if len(differ) == len(write_names) else {write_names[w] for w in differ}
 
 
 def _left_by_steps(

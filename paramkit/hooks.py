@@ -38,7 +38,10 @@ class HookCheck:
         """Why a destination should not be written directly, or None."""
         if self._ignore or destination.owner is None:
             return None
-        for module in (destination.owner, *(parent for parent, _, _ in destination.path)):
+        modules = [destination.owner, *(parent for parent, _, _ in destination.path)]
+        for place in destination.alias_places:
+            modules += [place.owner, *(parent for parent, _, _ in place.path)]
+        for module in modules:
             reason = self._known.get(id(module))
             if reason is None:
                 reason = self._known[id(module)] = _reason(module)

@@ -13,6 +13,7 @@ from . import backend
 from .backend.native import same_bits
 from .casting import may_overflow, overflow_finding, overflows
 from .conflicts import find_conflicts
+from .destinations import Destination, layout_finding
 from .errors import Finding, PlanError, SourceError
 from .fills import Constant, Mean
 from .journal import Journal, shielded, view_of
@@ -22,7 +23,7 @@ from .pieces import read_view, source_view
 from .plan import Options
 from .report import Report
 from .resolve import Resolved, Resolver, Write, plan_error
-from .sources.lazy import Lazy
+from .sources.lazy import Lazy, Stored
 from .torn import Torn, clear, mark, reason_of, torn_error
 
 __all__ = ["is_stream", "transplant_stream"]
@@ -73,6 +74,8 @@ class _Stream:
         requires_grad: bool | None,
         progress: Progress | None,
     ) -> None:
+        if progress is not None and not callable(progress):
+            raise TypeError(f"transplant: progress must be callable, got {type(progress).__name__}")
         self.model, self.options, self.progress = model, options, progress
         resolving = options.resolving()
         self.resolver = Resolver(model, **resolving, streaming=True)
@@ -94,15 +97,13 @@ class _Stream:
     def run(self, items: Iterable[tuple[str, Tensor]]) -> Report:
         start = perf_counter()
         try:
-            if self.resolver.findings:
-                raise plan_error(self.resolver.findings)
+            self._check_destinations()
             self._write()  # what rules fill without a source
             for item in items:
                 self._take(item)
                 del item  # or it would live on while the next one is made
             resolved = self.resolver.finish()
             self._write()  # what wildcards fill
-            self._check_memory(resolved)
         except BaseException as error:
             self._failed(error)
             raise
@@ -112,6 +113,33 @@ class _Stream:
         families = ["copy"] * len(resolved.writes)
         summary = summary_of(resolved, names, families, backend.active().NAME)
         return Report(summary, perf_counter() - start)
+
+    def _check_destinations(self) -> None:
+        """What can be known before the first tensor comes."""
+        r = self.resolver
+        inference = [d.name for d in r.destinations if d.tensor.is_inference()]
+        if inference and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"transplant: {', '.join(inference)}: Inplace update to inference tensor outside InferenceMode "
+                "is not allowed; nothing was written: write inside torch.inference_mode()"
+            )
+        # Each destination over itself: what overlaps is two destinations in one memory.
+        usable = [d for d in r.destinations if layout_finding(d.name, d.tensor, True) is None]
+        shapes = [tuple(d.tensor.shape) for d in usable]
+        steps = [d.tensor.stride() for d in usable]
+        whole = Resolved(
+            usable,
+            [d.name for d in usable],
+            [d.tensor for d in usable],
+            [Write(k, k, n, st, 0, st, 0) for k, (n, st) in enumerate(zip(shapes, steps))],
+        )
+        findings = [
+            conflict_finding(whole, c.kind, c.first, c.second)
+            for c in find_conflicts(whole)
+            if c.kind == "write"
+        ]
+        if findings or r.findings:
+            raise plan_error([*r.findings, *findings])
 
     # -- one tensor --
 
@@ -151,6 +179,8 @@ class _Stream:
                 [Finding(name, "conflict", "the same name again", "each name once")],
             )
         self.names.add(name)
+        if isinstance(tensor, Stored):
+            tensor.file.check()
         if isinstance(tensor, Tensor):
             tensor = tensor.detach()
         return name, tensor
@@ -231,14 +261,6 @@ class _Stream:
 
     # -- the end --
 
-    def _check_memory(self, resolved: Resolved) -> None:
-        """Destinations under different names that share memory: the later write was over the earlier."""
-        findings = [
-            conflict_finding(resolved, c.kind, c.first, c.second) for c in find_conflicts(resolved)
-        ]
-        if findings:
-            raise plan_error(findings)
-
     def _failed(self, error: BaseException) -> None:
         if not self.written:
             return
@@ -255,7 +277,9 @@ class _Stream:
         for k, d in enumerate(r.destinations):
             if k in full:
                 names.append(d.name)
-            elif k in self.written or not (d.transient or k in r.proof.kept or d.name in allowed):
+            elif k in self.written or not (
+                d.transient or k in r.proof.kept or self._may_stay(d, allowed)
+            ):
                 left.append(d.name)
         plan = isinstance(error, PlanError) and not isinstance(error, SourceError)
         reason = "what is wrong shows only now that writing has begun" if plan else reason_of(error)
@@ -263,6 +287,13 @@ class _Stream:
         mark(self.model, state)
         if isinstance(error, Exception):
             raise torn_error(state, getattr(error, "findings", ())) from error
+
+    def _may_stay(self, d: Destination, allowed: Mapping[str, int]) -> bool:
+        """Whether a destination may stay as it is: by an allow-list, or by a wildcard that keeps it."""
+        keeps = [t for k, t in self.resolver.crossing_dst if self.resolver.rules[k].fill is None]
+        return any(
+            name in allowed or any(t.match(name) for t in keeps) for name in (d.name, *d.aliases)
+        )
 
     def _set_requires_grad(self) -> None:
         if self.requires_grad is None:

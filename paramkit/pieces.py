@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .destinations import memory_key
 from .resolve import Write
 from .sources.lazy import Lazy
 
-__all__ = ["cut", "read_view", "source_view", "span", "views"]
+__all__ = ["cut", "read_view", "same_memory", "source_view", "span", "views"]
 
 
 def span(write: Write, itemsize: int) -> tuple[int, int]:
@@ -48,20 +48,15 @@ def cut(write: Write, itemsize: int, limit: int) -> Iterator[Write]:
     if reaches[axis] == 0:
         yield write
         return
-    n = write.sizes[axis]
-    half = n // 2
-    for first, count in ((0, half), (half, n - half)):
-        sizes = (*write.sizes[:axis], count, *write.sizes[axis + 1 :])
-        yield from cut(
-            replace(
-                write,
-                sizes=sizes,
-                dst_offset=write.dst_offset + first * write.dst_strides[axis],
-                src_offset=write.src_offset + first * write.src_strides[axis],
-            ),
-            itemsize,
-            limit,
-        )
+    half = write.sizes[axis] // 2
+    for first, count in ((0, half), (half, write.sizes[axis] - half)):
+        yield from cut(_narrowed(write, axis, first, count), itemsize, limit)
+
+
+def same_memory(sources: Sequence[Any], a: Write, b: Write) -> bool:
+    """Whether two writes read the very same elements."""
+    alike = (a.sizes, a.src_strides, a.src_offset) == (b.sizes, b.src_strides, b.src_offset)
+    return alike and memory_key(sources[a.src]) == memory_key(sources[b.src])
 
 
 def source_view(source: Tensor, write: Write) -> Tensor:
@@ -96,31 +91,37 @@ def views(sources: Sequence[Any], writes: Sequence[Write], limit: int) -> Iterat
     if not any(isinstance(source, Lazy) for source in sources):
         yield [source_view(source, write) for source, write in zip(sources, writes, strict=True)]
         return
-    # The first lazy one decides where to cut; the others may span more, by their own strides.
-    lead = next(k for k, source in enumerate(sources) if isinstance(source, Lazy))
-    for piece in cut(writes[lead], sources[lead].element_size(), limit):
-        start = _start(piece, writes[lead])
-        out = []
-        for source, write in zip(sources, writes, strict=True):
-            offset = sum(i * st for i, st in zip(start, write.src_strides, strict=True))
-            part = replace(write, sizes=piece.sizes, src_offset=write.src_offset + offset)
-            out.append(
-                read_view(source, part) if isinstance(source, Lazy) else source_view(source, part)
-            )
-        yield out
+    for parts in _cut_together(sources, list(writes), limit):
+        yield [
+            read_view(source, part) if isinstance(source, Lazy) else source_view(source, part)
+            for source, part in zip(sources, parts, strict=True)
+        ]
 
 
-def _start(piece: Write, whole: Write) -> tuple[int, ...]:
-    """The index in `whole` at which a piece of it begins."""
-    left = piece.dst_offset - whole.dst_offset
-    start = [0] * len(whole.sizes)
-    for axis in sorted(range(len(start)), key=lambda k: -whole.dst_strides[k]):
-        stride = whole.dst_strides[axis]
-        if stride and whole.sizes[axis] > 1:
-            start[axis], left = divmod(left, stride)
-    return tuple(start)
+def _cut_together(sources: Sequence[Any], writes: list[Write], limit: int) -> Iterator[list[Write]]:
+    """Writes of the same sizes halved at the same places, until no lazy source spans more than `limit` bytes."""
+    axis = None
+    for source, write in zip(sources, writes, strict=True):
+        if not isinstance(source, Lazy):
+            continue
+        begin, end = span(write, source.element_size())
+        reaches = [(n - 1) * st for n, st in zip(write.sizes, write.src_strides, strict=True)]
+        if end - begin > limit and max(reaches, default=0) > 0:
+            axis = max(range(len(reaches)), key=reaches.__getitem__)
+            break
+    if axis is None:
+        yield writes
+        return
+    n = writes[0].sizes[axis]
+    for first, count in ((0, n // 2), (n // 2, n - n // 2)):
+        yield from _cut_together(sources, [_narrowed(w, axis, first, count) for w in writes], limit)
 
 
-def elements(write: Write) -> int:
-    """How many elements a write writes."""
-    return prod(write.sizes)
+def _narrowed(write: Write, axis: int, first: int, count: int) -> Write:
+    """`count` turns of one loop of a write, from `first` on."""
+    return replace(
+        write,
+        sizes=(*write.sizes[:axis], count, *write.sizes[axis + 1 :]),
+        dst_offset=write.dst_offset + first * write.dst_strides[axis],
+        src_offset=write.src_offset + first * write.src_strides[axis],
+    )

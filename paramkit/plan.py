@@ -24,7 +24,7 @@ from . import backend
 from .before import overflow_findings, tie_findings
 from .casting import check_casting
 from .conflicts import find_conflicts
-from .destinations import Destination, Place, allocated
+from .destinations import Destination, Place, allocated, memory_key
 from .errors import Finding, PlanError
 from .execution import execute
 from .fills import Constant
@@ -336,13 +336,27 @@ class Plan:
             self._busy.release()
 
     def _apply(self, source: Any, progress: Progress | None, atomic: bool = False) -> Report:
-        compiled = self._take(source)
-        self._check_inference()
-        self._check_values(compiled)
+        compiled = self._take_checked(source)
         start = perf_counter()
         if self._replaced_in_table() or not self._execute(compiled, progress, atomic):
             raise self._stale()
         return Report(self._summary, perf_counter() - start)
+
+    def _take_checked(self, source: Any) -> Any:
+        """`_take`, and what is asked of the values. A refused source is not kept."""
+        undo = self._undo(source)
+        compiled = self._take(source)
+        try:
+            self._check_inference()
+            self._check_values(compiled)
+        except BaseException:
+            undo()
+            raise
+        return compiled
+
+    def _undo(self, source: Any) -> Callable[[], object]:
+        """How to go back to the source in use now."""
+        return lambda: None
 
     def _execute(self, compiled: Any, progress: Progress | None, atomic: bool) -> bool:
         if not self._follow_failures and not atomic:
@@ -442,28 +456,36 @@ class Plan:
         """
         self._enter()
         try:
-            compiled = self._take(source)
-            self._check_inference()
+            compiled = self._take_checked(source)
             if self._is_stale():
                 raise self._stale()
-            self._check_values(compiled)
             exchange = Exchange(compiled, self._explainable(), self._exchangeable)
-            self._exchange = exchange
-        finally:
+        except BaseException:
             self._busy.release()
+            raise
         try:
+            self._exchange = exchange
             start = perf_counter()
-            if not exchange.enter():
-                raise self._stale()
+            try:
+                if not exchange.enter():
+                    raise self._stale()
+            finally:
+                self._busy.release()
             yield Report(self._summary, perf_counter() - start)
         finally:
             stale = self._stale() if self._is_stale() else None
-            exchange.leave()
-            self._exchange = None
+            try:
+                lost = exchange.leave()
+            finally:
+                self._exchange = None
             if stale is not None:
+                names = ", ".join(dict.fromkeys(self._write_dst[w] for w in lost))
+                lost_text = (
+                    f"; of {names} the memory is gone, and nothing was put back" if lost else ""
+                )
                 raise PlanError(
                     "a tensor was replaced or moved while the source was swapped in; what the plan holds was put "
-                    "back, what is in the model now was not.",
+                    f"back, what is in the model now was not{lost_text}.",
                     stale.findings,
                 )
 
@@ -545,13 +567,14 @@ class Plan:
 
     def _enter(self) -> None:
         """One call at a time: the GIL is given up while a long plan runs."""
-        if self._exchange is not None:
-            raise self._is_swapped()
         if not self._busy.acquire(blocking=False):
             raise PlanError(
                 "this plan is in use already, by another thread or the call that it is in; "
                 "nothing was written."
             )
+        if self._exchange is not None:
+            self._busy.release()
+            raise self._is_swapped()
 
     def _ready(self) -> Any:
         if self._compiled is None:
@@ -628,6 +651,7 @@ class _ModelPlan(Plan):
         self._options = options
         self._source: Mapping[str, Any] | None = None
         self._in_memory = True
+        self._unread: list[str] = []  # names of the source
         self._resolved = Resolved()
         self._build(source)
 
@@ -671,6 +695,8 @@ class _ModelPlan(Plan):
             d.owner, d.path, d.alias_places = None, (), ()
         resolved.source_tensors = []
         self._source, self._in_memory, self._resolved = tensors, own, resolved
+        read = set(self._src_names)
+        self._unread = [name for name in tensors if name not in read]
 
     def _allocate(self, resolved: Resolved) -> list[Destination]:
         """Memory for the destinations on the meta device, once each, not initialised."""
@@ -714,14 +740,14 @@ class _ModelPlan(Plan):
         plain = type(source) in (dict, OrderedDict)
         tensors, own = (dict(source), True) if plain else self._open(source)
         assert self._source is not None
-        resolved = self._resolved
-        made = resolved.source_names[len(resolved.source_names) - resolved.made :]
-        if tensors.keys() == self._source.keys():
-            # A number that a rule fills with is bound again as it is.
-            constants = dict(zip(reversed(made), reversed(self._compiled.sources())))
-            if not self._compiled.rebind(
-                {**tensors, **constants} if made else tensors, self._src_names
-            ):
+        if tensors.keys() == self._source.keys() and self._unread_alike(tensors):
+            read, names = tensors, self._src_names
+            if self._resolved.made:
+                # A number that a rule fills with is bound again as it is, under a name that no tensor has.
+                first = len(names) - self._resolved.made
+                made = {f"\0{k}": t for k, t in enumerate(self._compiled.sources()[first:])}
+                read, names = {**tensors, **made}, [*names[:first], *made]
+            if not self._compiled.rebind(read, names):
                 self._source, self._in_memory = tensors, own
                 return
         findings = differences(self._source, tensors)
@@ -733,9 +759,30 @@ class _ModelPlan(Plan):
             )
         if self._is_stale():
             raise self._stale()
-        self._build_from(
-            tensors, own
-        )  # a file, or other strides or devices: writes from other views
+        # A file, other strides or devices, other ties: writes from other views, or other writes.
+        self._build_from(tensors, own)
+
+    def _unread_alike(self, tensors: Mapping[str, Any]) -> bool:
+        """Whether names that are not read are still what they were: of the same kind, tied to the same."""
+        also = self._resolved.also
+        for name in self._unread:
+            new = tensors[name]
+            if name in also and memory_key(new) != memory_key(tensors[also[name]]):
+                return False
+            assert self._source is not None
+            old = self._source[name]
+            if not isinstance(new, (Tensor, Lazy)) or (new.shape, new.dtype) != (
+                old.shape,
+                old.dtype,
+            ):
+                return False
+        return True
+
+    def _undo(self, source: Any) -> Callable[[], object]:
+        before, own = self._source, self._in_memory
+        if source is None or before is None:
+            return lambda: None
+        return lambda: self._build_from(before, own)
 
     def release(self) -> None:
         super().release()

@@ -45,7 +45,8 @@ class Proof:
         reached: destinations that some rule or the identity writes, or tries to.
         failed: destinations, and `unread_ok` sources, with a finding of their own: coverage says nothing new.
         dropped, kept: sources dropped and destinations kept as a whole, and the part that says so.
-        ties: pairs of writes of the same elements from different memory.
+        ties: pairs of writes of the same elements.
+        also: names of the source that are other names of memory that is read, and the name it is read under.
     """
 
     def __init__(self, resolver: Resolver) -> None:
@@ -57,7 +58,9 @@ class Proof:
         self.dropped: dict[int, Part] = {}
         self.kept: dict[int, Part] = {}
         self.ties: list[tuple[Write, Write]] = []
+        self.also: dict[str, str] = {}
         self._writes: dict[int, list[Write]] = {}
+        self._regions: dict[tuple[object, ...], Write] = {}
         self._reads: dict[int, list[Write]] = {}
         self._kept_parts: dict[int, list[Part]] = {}
         self._dropped_parts: dict[int, list[Part]] = {}
@@ -69,12 +72,13 @@ class Proof:
         if write.src >= 0:
             self._reads.setdefault(write.src, []).append(write)
         others = self._writes.setdefault(write.dst, [])
-        if others and 0 not in write.sizes and write.src >= 0:
-            for first in others:
-                if first.src >= 0 and _region(first) == _region(write):
-                    if not self._same_memory(first, write):
-                        self.ties.append((first, write))
-                    return False
+        if write.src >= 0 and 0 not in write.sizes:
+            region = (write.dst, *_region(write))
+            first = self._regions.setdefault(region, write)
+            if first is not write:
+                # Also where both are one memory: the next source of the plan may be another.
+                self.ties.append((first, write))
+                return False
         others.append(write)
         return True
 
@@ -97,12 +101,6 @@ class Proof:
             self.dropped.setdefault(s, part)
         else:
             self._dropped_parts.setdefault(s, []).append(part)
-
-    def _same_memory(self, a: Write, b: Write) -> bool:
-        tensors = self._resolver.src_tensors
-        return (a.src_strides, a.src_offset) == (b.src_strides, b.src_offset) and memory_key(
-            tensors[a.src]
-        ) == memory_key(tensors[b.src])
 
     def whole(self, d: int, writes: Sequence[Write]) -> bool:
         """Whether some writes, and what is kept on purpose, are all of a destination."""
@@ -256,8 +254,12 @@ class Proof:
         if unexpected and not r.streaming:
             # Tied: what is read under one name is read, under whatever other names it stands. An iterator may
             # give different tensors in the same memory.
-            read = {memory_key(r.src_tensors[s]) for s in self._reads}
-            unexpected = [s for s in unexpected if memory_key(r.src_tensors[s]) not in read]
+            read = {memory_key(r.src_tensors[s]): s for s in self._reads}
+            for s in unexpected:
+                reader = read.get(memory_key(r.src_tensors[s]))
+                if reader is not None:
+                    self.also[r.src_names[s]] = r.src_names[reader]
+            unexpected = [s for s in unexpected if r.src_names[s] not in self.also]
         self._report_unexpected(unexpected)
         return dropped
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +58,7 @@ class Write:
 
 
 class Tie(NamedTuple):
-    """A write that is left out, because `write` fills the same elements; their values must agree.
+    """What need not be written, because `write` fills the same elements; the values must agree.
 
     Attributes:
         write: what is written.
@@ -81,6 +82,7 @@ class Resolved:
         kept: destination names that nothing writes, on purpose.
         dropped: source names that nothing reads, on purpose.
         partial: destination names written only in part, on purpose.
+        also: names of the source that are not read because they are the memory of one that is, and its name.
         made: how many of the last `source_tensors` are made by a rule's `fill` and are no part of the source.
     """
 
@@ -92,6 +94,7 @@ class Resolved:
     kept: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     partial: list[str] = field(default_factory=list)
+    also: dict[str, str] = field(default_factory=dict)
     made: int = 0
 
 
@@ -210,12 +213,16 @@ class Resolver:
         sources = [rule.source_template() for rule in self.rules]
         # Templates with a wildcard cross the components that the index goes by.
         self._crossing_src = [(k, t) for k, t in enumerate(sources) if t and t.crosses]
-        self._crossing_dst = [(k, t) for k, t in enumerate(self._targets) if t and t.crosses]
+        self.crossing_dst = [(k, t) for k, t in enumerate(self._targets) if t and t.crosses]
         self._index = TemplateIndex([None if t and t.crosses else t for t in sources])
         self._lone = [
             ((), ()) if a is None or b is None else (one_sided(a, b), one_sided(b, a))
             for a, b in zip(sources, self._targets, strict=True)
         ]
+        # What rules with a source may write: in a stream, no identity may come before them.
+        self._made_by_rules = TemplateIndex(
+            [None if a is None else t for a, t in zip(sources, self._targets, strict=True)]
+        )
         # Rules without a source: what is filled, and what is kept on purpose.
         alone = [
             t if rule.src is None and t and not t.crosses else None
@@ -229,11 +236,11 @@ class Resolver:
 
     def _crossing_destinations(self) -> None:
         """A wildcard fills or keeps what no other rule writes."""
-        if not self._crossing_dst:
+        if not self.crossing_dst:
             return
         reached = set(self.proof.reached)
         for name, d in self.dst_index.items():
-            for k, template in self._crossing_dst:
+            for k, template in self.crossing_dst:
                 if not name.startswith(template.prefix) or template.match(name) is None:
                     continue
                 if self.destinations[d].transient and template.text.endswith("*"):
@@ -314,21 +321,23 @@ class Resolver:
                 self._alone_src(k, s)
             else:
                 self._apply_rule(s, k, bindings)
-        if s in self.proof.consumed:
-            return
+        consumed = s in self.proof.consumed
         # A wildcard drops what no other rule reads: `Rule("*", None)` means "and nothing more".
         for k, template in self._crossing_src:
             if name.startswith(template.prefix) and template.match(name) is not None:
                 self._hits[k] += 1
-                self._alone_src(k, s)
+                if not consumed:
+                    self._alone_src(k, s)
+        if consumed:
+            return
         d = self.dst_index.get(name) if self.identity else None
         if d is None or s in self.proof.dropped:
             return
         job = _Job(s, d, -1, name, ())
-        if self.streaming:
-            self._identity(job)
-        else:
+        if not self.streaming:
             self._jobs.append(job)
+        elif not self._made_by_rules.match(name):
+            self._identity(job)
 
     def _alone_src(self, k: int, s: int) -> None:
         rule = self.rules[k]
@@ -408,6 +417,19 @@ class Resolver:
                 )
                 return []
             counts.append(range(size))
+        numel = self.src_tensors[s].numel()
+        if prod(len(c) for c in counts) > max(numel, 1):
+            self.proof.unread_ok.add(s)
+            self.findings.append(
+                Finding(
+                    self.src_names[s],
+                    "shape",
+                    f"{shape}: {numel} elements for {prod(len(c) for c in counts)} destinations",
+                    "at least one element for each",
+                    f"correct the sizes in {rule}",
+                )
+            )
+            return []
         return [tuple(zip(lone_dst, found, strict=True)) for found in product(*counts)]
 
     def _unknown(self, name: str, s: int, rule: Rule) -> None:
@@ -474,25 +496,31 @@ class Resolver:
             job.dst, job.src, sizes, dst.strides, dst.offset, src.strides, src.offset, text
         )
         self._take(write)
-        for index in product(*(range(n) for n, _ in same)):
-            # A source axis of equal values: its first index is written, the others must agree.
-            if any(index):
-                step = sum(i * stride for i, (_, stride) in zip(index, same, strict=True))
-                other = Write(
+        if same and 0 not in (*sizes, *(n for n, _ in same)):
+            # Source axes of equal values: their first index is written, all of them must agree with it.
+            more = tuple(n for n, _ in same)
+            steps = tuple(stride for _, stride in same)
+            still = (0,) * len(same)
+
+            def every(src_steps: tuple[int, ...]) -> Write:
+                return Write(
                     job.dst,
                     job.src,
-                    sizes,
-                    dst.strides,
+                    (*more, *sizes),
+                    (*still, *dst.strides),
                     dst.offset,
-                    src.strides,
-                    src.offset + step,
+                    (*src_steps, *src.strides),
+                    src.offset,
                     text,
                 )
-                self.proof.tie(write, other)
 
-    def _take(self, write: Write) -> None:
-        if self.proof.take(write):
+            self.proof.tie(every(still), every(steps))
+
+    def _take(self, write: Write) -> bool:
+        new = self.proof.take(write)
+        if new:
             self.writes.append(write)
+        return new
 
     def _fail(self, job: _Job, finding: Finding | None = None) -> None:
         self.proof.failed.add(job.dst)
@@ -504,11 +532,7 @@ class Resolver:
         """Whether both tensors can be used and one converts to the other; findings where not."""
         usable_dst = self._can_use("dst", job.dst, job.dst_name, d.tensor)
         usable_src = self._can_use("src", job.src, self.src_names[job.src], s)
-        if not (usable_dst and usable_src):
-            return False
-        finding = self.hooks.finding(d)
-        if finding is not None:
-            self.findings.append(finding)
+        if not (usable_dst and usable_src) or self._hooked(d):
             return False
         if s.dtype != d.tensor.dtype:
             kinds = (s.dtype, d.tensor.dtype)
@@ -523,6 +547,13 @@ class Resolver:
                 return False
         return True
 
+    def _hooked(self, d: Destination) -> bool:
+        """Whether a module would load it in a way of its own, which is then a finding."""
+        finding = self.hooks.finding(d)
+        if finding is not None:
+            self.findings.append(finding)
+        return finding is not None
+
     def _overlapping_rows(self, job: _Job, rule: Rule, d: Destination, s: Any) -> None:
         dst_shape, src_shape = tuple(d.tensor.shape), tuple(s.shape)
         if not dst_shape or len(dst_shape) != len(src_shape) or dst_shape[1:] != src_shape[1:]:
@@ -532,11 +563,13 @@ class Resolver:
         n, rest = min(dst_shape[0], src_shape[0]), dst_shape[1:]
         dst_strides, src_strides = d.tensor.stride(), s.stride()
         text = f"rows 0..{n - 1} of {src_shape[0]}"
-        self._take(Write(job.dst, job.src, (n, *rest), dst_strides, 0, src_strides, 0, text))
+        again = not self._take(
+            Write(job.dst, job.src, (n, *rest), dst_strides, 0, src_strides, 0, text)
+        )
         if src_shape[0] > n:
             part = View((src_shape[0] - n, *rest), src_strides, n * src_strides[0])
             self.proof.drop(job.src, Part(part, str(rule), False))
-        if dst_shape[0] > n:
+        if dst_shape[0] > n and not again:  # tied: under its other name
             part = View((dst_shape[0] - n, *rest), dst_strides, n * dst_strides[0])
             if rule.fill is None:
                 self.proof.keep(job.dst, Part(part, str(rule), False))
@@ -555,6 +588,9 @@ class Resolver:
             self.proof.failed.add(d)
             return
         if self._cannot_hold(d, name, fill):
+            return
+        if self._hooked(destination):
+            self.proof.failed.add(d)
             return
         text = joined(text, str(fill))
         if fill.kind == "value":
@@ -657,6 +693,7 @@ class Resolver:
             kept,
             dropped,
             partial,
+            self.proof.also,
             len(made),
         )
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .conflicts import find_conflicts
 from .destinations import Destination
 from .journal import Journal, shielded
+from .pieces import same_memory
 from .resolve import Resolved
 from .stream import Streamed
 
@@ -48,20 +50,37 @@ class Exchange:
         self._journal.note_plan(self._compiled)
         return bool(self._compiled.run(None))
 
-    def leave(self) -> None:
-        """Put back what was there; nothing where nothing was put in."""
+    def leave(self) -> list[int]:
+        """Put back what was there; nothing where nothing was put in.
+
+        Returns:
+            Numbers of the writes whose memory is gone, so that nothing could be put back.
+        """
         if self.in_place:
             # Counted where it happens: an interrupt may come between an exchange and its return.
             if (self._compiled.exchanges() - self._before) % 2:
-                self._compiled.exchange()
+                return list(self._compiled.exchange_back())
         else:
             shielded(self._journal.restore)
+        return []
+
+
+def _is_writable(source: Any) -> bool:
+    """Whether a source is a plain tensor in memory of torch's own: anything else may be read-only."""
+    return (
+        isinstance(source, Tensor)
+        and source.layout is torch.strided
+        and source.untyped_storage().resizable()
+        and (not source.is_inference() or torch.is_inference_mode_enabled())
+    )
 
 
 def _one_to_one(resolved: Resolved) -> bool:
     """Whether every source element goes to one destination element of its dtype, and none is shared."""
     sources: list[Any] = resolved.source_tensors
-    if not all(isinstance(source, Tensor) for source in sources) or resolved.ties or resolved.made:
+    if resolved.made or not all(map(_is_writable, sources)):
+        return False
+    if not all(same_memory(sources, a, b) for a, b in resolved.ties):
         return False
     if any(
         sources[w.src].dtype != resolved.destinations[w.dst].tensor.dtype for w in resolved.writes

@@ -69,15 +69,28 @@ def torn(model: nn.Module) -> Torn | None:
 def mark(model: object, state: Torn) -> None:
     """Say that a model is torn; mappings cannot be marked, the error alone says it."""
     if isinstance(model, nn.Module):
+        before = _torn.get(model)
+        if before is not None:  # what was torn before and not written now still is
+            now = {*state.written, *state.unwritten}
+            state = Torn(
+                (*state.written, *(n for n in before.written if n not in now)),
+                (*state.unwritten, *(n for n in before.unwritten if n not in now)),
+                state.reason,
+            )
         _torn[model] = state
 
 
 def clear(model: object, written: Sequence[str]) -> None:
-    """Say that tensors of a model were written in one go; where these are all, it is whole again."""
-    if isinstance(model, nn.Module):
-        state = _torn.get(model)
-        if state is not None and {*state.written, *state.unwritten} <= set(written):
-            del _torn[model]
+    """Say that tensors of a model were written; once all of a torn state are, the model is whole again."""
+    state = _torn.get(model) if isinstance(model, nn.Module) else None
+    if state is None:
+        return
+    now = set(written)
+    left = [tuple(n for n in names if n not in now) for names in (state.written, state.unwritten)]
+    if any(left):
+        _torn[model] = Torn(left[0], left[1], state.reason)  # type: ignore[index]
+    else:
+        del _torn[model]  # type: ignore[arg-type]
 
 
 def reason_of(error: BaseException) -> str:

@@ -134,6 +134,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("run",
            torch::wrap_pybind_function([](Plan& plan, const py::object& progress) { return plan.run(progress); }))
       .def("exchange", torch::wrap_pybind_function([](Plan& plan) { return plan.exchange(); }))
+      .def("exchange_back", torch::wrap_pybind_function([](Plan& plan) { return plan.exchange_back(); }))
       .def("exchanges", &Plan::exchanges)
       .def("verify", &Plan::verify);
 }

@@ -472,24 +472,63 @@ bool Plan::exchange() {
   }
   bool recorded = false;
   if (!intact(recorded)) return false;
-  bump_versions(dst_snapshots_.size(), [this](size_t i) { return dst_snapshots_[i].impl; });
-  bump_versions(src_snapshots_.size(), [this](size_t i) { return src_snapshots_[i].impl; });
-  std::vector<uint32_t> by_torch = native_;
-  for (const Other& other : others_) by_torch.insert(by_torch.end(), other.write_of.begin(), other.write_of.end());
-  if (!by_torch.empty()) {
-    const at::NoGradGuard no_grad;
-    for (uint32_t w : by_torch) {
-      const Write& write = writes_[w];
-      const at::Tensor dst = view(dsts_[static_cast<size_t>(write.dst)], write, true);
-      const at::Tensor src = view(srcs_[static_cast<size_t>(write.src)], write, false);
-      const at::Tensor kept = dst.clone();
-      dst.copy_(src);
-      src.copy_(kept);
+  swap(std::vector<char>(writes_.size(), 1));
+  return true;
+}
+
+std::vector<int64_t> Plan::exchange_back() {
+  std::vector<char> chosen(writes_.size(), 1);
+  std::vector<int64_t> left;
+  for (size_t w = 0; w < writes_.size(); ++w) {
+    const Write& write = writes_[w];
+    if (intact(dst_snapshots_[static_cast<size_t>(write.dst)]) &&
+        intact(src_snapshots_[static_cast<size_t>(write.src)])) {
+      continue;
+    }
+    chosen[w] = 0;
+    left.push_back(static_cast<int64_t>(w));
+  }
+  swap(chosen);
+  return left;
+}
+
+// Swaps the chosen writes: all, or none where one fails.
+void Plan::swap(const std::vector<char>& chosen) {
+  for (size_t i = 0; i < dst_snapshots_.size(); ++i) dst_snapshots_[i].impl->bump_version();
+  for (size_t i = 0; i < src_snapshots_.size(); ++i) src_snapshots_[i].impl->bump_version();
+  std::vector<uint32_t> by_torch;
+  for (uint32_t w : native_) {
+    if (chosen[w]) by_torch.push_back(w);
+  }
+  for (const Other& other : others_) {
+    for (uint32_t w : other.write_of) {
+      if (chosen[w]) by_torch.push_back(w);
     }
   }
-  exchange_tasks(program_);
+  const at::NoGradGuard no_grad;
+  const auto swap_one = [this](uint32_t w) {
+    const Write& write = writes_[w];
+    const at::Tensor dst = view(dsts_[static_cast<size_t>(write.dst)], write, true);
+    const at::Tensor src = view(srcs_[static_cast<size_t>(write.src)], write, false);
+    const at::Tensor kept = dst.clone();
+    dst.copy_(src);
+    src.copy_(kept);
+  };
+  size_t done = 0;
+  try {
+    for (; done < by_torch.size(); ++done) swap_one(by_torch[done]);
+  } catch (...) {
+    while (done > 0) swap_one(by_torch[--done]);
+    throw;
+  }
+  Program program;
+  program.dims = program_.dims;
+  program.bytes = program_.bytes;
+  for (size_t t = 0; t < program_.tasks.size(); ++t) {
+    if (chosen[task_write_[t]]) program.tasks.push_back(program_.tasks[t]);
+  }
+  exchange_tasks(program);
   ++exchanges_;
-  return true;
 }
 
 std::vector<int64_t> Plan::verify() const {

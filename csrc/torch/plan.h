@@ -70,6 +70,10 @@ class Plan {
   // False, and nothing written, as run(). Throws, and nothing written, where a write converts or repeats.
   bool exchange();
 
+  // Swaps again, also where a destination was replaced in its model. Indices of the writes that were left,
+  // because the memory of one side is not what it was.
+  std::vector<int64_t> exchange_back();
+
   // How many exchanges were done: told apart from their calls, behind which an interrupt may come.
   int64_t exchanges() const { return exchanges_; }
 
@@ -122,6 +126,7 @@ class Plan {
   void compile(size_t write);
   at::Tensor view(const at::Tensor& tensor, const Write& write, bool dst) const;
   void copy_native(size_t write) const;
+  void swap(const std::vector<char>& chosen);
   int64_t bytes_of(size_t write) const;
   void run_in_pieces(const pybind11::object& progress);
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -221,27 +221,36 @@ class Plan:
                 raise ValueError("exchange: a write repeats its source, and cannot be turned round")
         if self.replaced() or any(self.moved()):
             return False
-        pairs = [self._views(i, detach=True) for i in range(len(self._writes))]
-        blocks = (block for pair in pairs for block in _blocks(*pair))
+        self._swap(range(len(self._writes)))
+        return True
+
+    def exchange_back(self) -> list[int]:
+        """Swap again, also where a destination was replaced in its model.
+
+        Returns:
+            Indices of writes that were left, because the memory of one side is not what it was.
+        """
+        dsts, srcs = map(set, self.moved())
+        left = [i for i, (d, s, *_) in enumerate(self._writes) if d in dsts or s in srcs]
+        self._swap([i for i in range(len(self._writes)) if i not in set(left)])
+        return left
+
+    def _swap(self, numbers: Iterable[int]) -> None:
+        """Swap some writes: all, or none where one fails."""
         interrupt: KeyboardInterrupt | None = None
-        for dst, src in blocks:
-            kept: Tensor | None = None
-            stage = 0
-            while stage < 3:  # each stage may be done again where it was interrupted
-                try:
-                    if stage == 0:
-                        kept = dst.clone()
-                    elif stage == 1:
-                        dst.copy_(src)
-                    else:
-                        src.copy_(kept)
-                    stage += 1
-                except KeyboardInterrupt as error:
-                    interrupt = error
+        done: list[tuple[Tensor, Tensor]] = []
+        try:
+            for i in numbers:
+                for dst, src in _blocks(*self._views(i, detach=True)):
+                    interrupt = _swap_block(dst, src) or interrupt
+                    done.append((dst, src))
+        except Exception:
+            for dst, src in reversed(done):
+                _swap_block(dst, src)
+            raise
         self._exchanges += 1
         if interrupt is not None:
             raise interrupt
-        return True
 
     def exchanges(self) -> int:
         """How many exchanges were done: told apart from their calls, behind which an interrupt may come."""
@@ -257,9 +266,26 @@ class Plan:
         return differ
 
 
-def _blocks(
-    dst: Tensor, src: Tensor, elements: int = 1 << 17
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _swap_block(dst: Tensor, src: Tensor) -> KeyboardInterrupt | None:
+    """Swap two tensors; an interrupt is returned, and each stage done again where it came."""
+    interrupt: KeyboardInterrupt | None = None
+    kept = dst
+    stage = 0
+    while stage < 3:
+        try:
+            if stage == 0:
+                kept = dst.clone()
+            elif stage == 1:
+                dst.copy_(src)
+            else:
+                src.copy_(kept)
+            stage += 1
+        except KeyboardInterrupt as error:
+            interrupt = error
+    return interrupt
+
+
+def _blocks(dst: Tensor, src: Tensor, elements: int = 1 << 17) -> Iterator[tuple[Tensor, Tensor]]:
     """Two views of one shape, cut side by side into blocks of about so many elements."""
     if dst.numel() <= elements or not dst.dim():
         yield dst, src

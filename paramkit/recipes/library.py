@@ -60,7 +60,7 @@ def describe(name: str) -> Recipe:
         ModuleNotFoundError: PyYAML is not installed.
 
     Example:
-        >>> describe("rotary_halves_to_pairs").needs  # doctest: +SKIP
+        >>> describe("rotary_halves_to_pairs").needs
         ('heads', 'kv_heads')
     """
     return _described(_known(name))
@@ -96,7 +96,7 @@ def load(
         ModuleNotFoundError: PyYAML is not installed.
 
     Example:
-        >>> load("rotary_halves_to_pairs", heads=8, kv_heads=2)[1]  # doctest: +SKIP
+        >>> load("rotary_halves_to_pairs", heads=8, kv_heads=2)[1]
         Rule('{*p}.k_proj.weight', '{*p}.k_proj.weight', '(kv_heads two d) e -> (kv_heads d two) e', two=2, kv_heads=2)
     """
     recipe = _described(_known(name))
