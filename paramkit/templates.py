@@ -37,8 +37,8 @@ class Template:
         crosses: whether it has a wildcard.
 
     Raises:
-        ValueError: unbalanced braces, a placeholder that is not an identifier, or a `{*p}` that is not
-            a whole component.
+        ValueError: unbalanced braces, a placeholder that is not an identifier, two of them side by side,
+            or a `{*p}` that is not a whole component.
 
     Example:
         >>> t = Template("h.{i}.{part}.weight")
@@ -82,6 +82,11 @@ class Template:
                 raise ValueError(
                     f'name "{text}": "{{{match.group(1)}}}" is not a placeholder; '
                     "write a name in the braces: {i}"
+                )
+            if pieces and match.start() == end:
+                # Where the one ends and the other begins could be told in many ways, and trying all takes long.
+                raise ValueError(
+                    f'name "{text}": two placeholders side by side; put something between them'
                 )
             pieces.append((text[end : match.start()], name))
             end = match.end()
