@@ -123,6 +123,13 @@ class _Stream:
                 f"transplant: {', '.join(inference)}: Inplace update to inference tensor outside InferenceMode "
                 "is not allowed; nothing was written: write inside torch.inference_mode()"
             )
+        inner = [
+            Finding(d.name, "requires_grad", "not a leaf", "a leaf")
+            for d in r.destinations
+            if self.requires_grad is False and d.kind != "buffer" and not d.tensor.is_leaf
+        ]
+        if inner:
+            raise PlanError("requires_grad can only be set on leaves; nothing was written.", inner)
         # Each destination over itself: what overlaps is two destinations in one memory.
         usable = [d for d in r.destinations if layout_finding(d.name, d.tensor, True) is None]
         shapes = [tuple(d.tensor.shape) for d in usable]

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .casting import hint as cast_hint
 from .casting import refusal
 from .destinations import Destination, destinations_of, layout_finding
 from .errors import Finding, PlanError, Suggester
@@ -542,7 +543,13 @@ class Resolver:
             if refused is not None:
                 src, dst = (str(k).removeprefix("torch.") for k in kinds)
                 self.findings.append(
-                    Finding(job.dst_name, "dtype", src, f"what converts to {dst}", refused)
+                    Finding(
+                        job.dst_name,
+                        "dtype",
+                        src,
+                        f"what converts to {dst}",
+                        joined(refused, cast_hint(*kinds)),
+                    )
                 )
                 return False
         return True
