@@ -103,6 +103,16 @@ def save_rules(rules: Iterable[Rule], path: str | os.PathLike[str], about: str =
         RuleFileError: another suffix.
         TypeError: something that is no rule, or a rule with a complex fill, which no file can hold.
         ModuleNotFoundError: PyYAML is not installed.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "rules.toml"
+        >>> save_rules([Rule("pooler.*", None)], path, about="to a model without a pooler")
+        >>> print(path.read_text().strip())
+        about = "to a model without a pooler"
+        <BLANKLINE>
+        [[rules]]
+        src = "pooler.*"
     """
     path = Path(path)
     entries = [_entry(k, rule) for k, rule in enumerate(rules)]
