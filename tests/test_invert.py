@@ -339,10 +339,10 @@ def overlap(b: Built, name: str) -> None:
     rows, target, e = b.size(), b.size(), b.size()
     source = b.add(f"{name}.tok", rows, e)
     b.extra[f"{name}.tok"] = (target, e)
-    filled = source.dtype == torch.float32 and b.rng.random() < 0.5
-    b.rules.append(
-        Rule(f"{name}.tok", f"{name}.tok", rows="overlap", fill="zeros" if filled else None)
-    )
+    fills: tuple[Any, ...] = (None,)
+    if source.dtype.is_floating_point and source.dtype.itemsize > 1:
+        fills = (None, "zeros", "mean", {"normal": 0.5, "seed": 3})
+    b.rules.append(Rule(f"{name}.tok", f"{name}.tok", rows="overlap", fill=b.rng.choice(fills)))
     if rows > target:
         b.drop(f"{name}.tok", lambda mask: mask[target:])
 
@@ -552,8 +552,8 @@ def test_no_rule_materialises_a_tensor(backend: str, form: str, way: str) -> Non
         if way == "back":
             paramkit.transplant(target, b.sources, b.rules, identity=False)
             rules, source, target = invert(b.rules), target, emptied(b)
-        # Normal values are made in pieces, in the buffer through which files are read.
-        staging = STAGING if any(r.fill and r.fill.kind == "normal" for r in rules) else 0
+        # Normal values and means are made in pieces, in the buffer through which files are read.
+        staging = STAGING if any(r.fill and r.fill.kind != "value" for r in rules) else 0
         with NoNewTensors(staging):
             plan = paramkit.plan(target, source, rules, identity=False, staging=staging or None)
         plan.apply()

@@ -561,7 +561,16 @@ def test_a_head_that_shares_the_embedding(tmp_path: Path) -> None:
         )
 
 
-def test_recipes_are_in_the_packages() -> None:
+def test_recipes_are_in_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    from setuptools import Distribution
+
     root = Path(__file__).parent.parent
-    assert "paramkit/recipes/*.yaml" in (root / "MANIFEST.in").read_text()
-    assert '"recipes/*.yaml"' in (root / "pyproject.toml").read_text()
+    monkeypatch.chdir(root)
+    project = Distribution()
+    project.parse_config_files(["pyproject.toml"])
+    shipped = [p for glob in project.package_data["paramkit"] for p in Path("paramkit").glob(glob)]
+    included = (root / "MANIFEST.in").read_text().split()
+    for name in recipes.names():
+        path = recipes.describe(name).path.relative_to(root)
+        assert path in shipped
+        assert any(path.match(glob) for glob in included if "/" in glob)

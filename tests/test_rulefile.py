@@ -209,6 +209,22 @@ def test_a_file_in_place_of_rules(tmp_path: Path, backend: str, suffix: str) -> 
     assert as_rules(path) == tuple(load_rules(path))
 
 
+def test_without_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    yaml_path, toml_path = tmp_path / "rules.yaml", tmp_path / "rules.toml"
+    save_rules(FORMS, yaml_path)
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    for call in (
+        lambda: load_rules(yaml_path),
+        lambda: save_rules(FORMS, tmp_path / "new.yaml"),
+        lambda: paramkit.recipes.load("gpt2_to_linear"),
+    ):
+        with pytest.raises(ModuleNotFoundError, match=r"paramkit\[rules\]"):
+            call()
+    assert not (tmp_path / "new.yaml").exists()
+    save_rules(FORMS, toml_path)
+    assert load_rules(toml_path) == FORMS
+
+
 # ---- errors --------------------------------------------------------------------------------------
 
 YAML_ERRORS: dict[str, tuple[str, int, str]] = {
