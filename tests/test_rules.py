@@ -35,7 +35,9 @@ def test_template_takes_other_characters_literally() -> None:
     assert Template("a*b", wildcards=True).match("a.x.y.b") == {}
 
 
-@pytest.mark.parametrize("text", ["a.{", "a.}", "a.{i", "a.{1}", "a.{}", "a.{i j}", "a.{{i}}", "a.{i}{j}"])
+@pytest.mark.parametrize(
+    "text", ["a.{", "a.}", "a.{i", "a.{1}", "a.{}", "a.{i j}", "a.{{i}}", "a.{i}{j}"]
+)
 def test_unreadable_templates(text: str) -> None:
     with pytest.raises(ValueError, match=re.escape(text)):
         Rule(text, "x", "a -> a")
