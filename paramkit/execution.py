@@ -90,7 +90,7 @@ def _run_steps(
 ) -> None:
     total = sum(step.bytes for step in compiled.steps)
     written = 0
-    for step in compiled.loaded():
+    for step in compiled.loaded(writing=True):
         if journal is not None:
             journal.note_plan(step.plan)
         course.begun += 1  # before: from here on it may have been written in part

@@ -3,6 +3,8 @@
 The writes are cut into pieces (`pieces`), put in the order in which their bytes lie in the files, and
 packed into steps. A step reads its bytes into one half of a staging buffer and runs a backend's plan of
 its pieces, whose sources are views of that half; meanwhile the other half is read for the next step.
+Where all pieces of a step are bytes in a row on both sides, of one dtype and in CPU memory, they are read
+straight to where they belong: there is nothing to rearrange, and a second copy would take as long again.
 """
 
 from __future__ import annotations
@@ -10,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .pieces import cut, span
 from .resolve import Write
@@ -53,6 +56,7 @@ class Step:
         dsts: for each destination of `plan` its number.
         bytes: destination bytes.
         half: where its half of the staging buffer begins.
+        straight: (file, offset, bytes of the destination) of all pieces, where they may be read straight there.
     """
 
     reads: list[_Read]
@@ -61,6 +65,7 @@ class Step:
     dsts: list[int]
     bytes: int
     half: int = 0
+    straight: list[tuple[StoredFile, int, Tensor]] | None = None
 
 
 class Streamed:
@@ -182,7 +187,10 @@ class Streamed:
                 srcs.append(half[read.at : read.at + size].view(read.source.dtype))
                 shift = read.begin // read.source.element_size()
                 pieces += [(number, w, n, w.src_offset - shift) for number, w in read.pieces]
-            steps.append(self._step(reads, srcs, pieces, slots if k == 0 else [], start))
+            step = self._step(reads, srcs, pieces, slots if k == 0 else [], start)
+            # The first goes through staging: a file that cannot be read at all is then told before a write.
+            step.straight = self._straight(reads) if k > 0 else None
+            steps.append(step)
         return steps
 
     def _step(
@@ -207,7 +215,34 @@ class Streamed:
             for n in w.sizes:
                 count *= n
             size += count
-        return Step(reads, plan, [number for number, *_ in pieces], used, size, half)
+        numbers = [number for number, *_ in pieces]
+        return Step(reads, plan, numbers, used, size, half)
+
+    def _straight(self, reads: Sequence[_Read]) -> list[tuple[StoredFile, int, Tensor]] | None:
+        """The pieces as ranges of a file and of destinations, None where some have to be rearranged."""
+        out: list[tuple[StoredFile, int, Tensor]] = []
+        for read in reads:
+            source = read.source
+            if not isinstance(source, Stored):
+                return None
+            size = source.element_size()
+            for _, w in read.pieces:
+                dst = self._dsts[w.dst]
+                plain = type(dst) in (Tensor, nn.Parameter) and dst.device.type == "cpu"
+                if not plain or dst.dtype != source.dtype or dst.is_conj() or dst.is_neg():
+                    return None
+                row = _row_of(w.sizes)
+                if not (
+                    _is_row(w.sizes, w.dst_strides, row) and _is_row(w.sizes, w.src_strides, row)
+                ):
+                    return None
+                view = dst.detach().as_strided(
+                    (prod(w.sizes),), (1,), dst.storage_offset() + w.dst_offset
+                )
+                out.append(
+                    (source.file, source.offset + w.src_offset * size, view.view(torch.uint8))
+                )
+        return out or None
 
     # -- what a backend's plan has --
 
@@ -258,14 +293,27 @@ class Streamed:
         """Write. False, and nothing written, if `replaced` or `moved` has something to say."""
         if self.replaced() or any(self.moved()):
             return False
-        for step in self.loaded():
+        for step in self.loaded(writing=True):
             self.run_step(step)
         return True
 
     def run_step(self, step: Step) -> None:
-        """Write a step that is loaded."""
-        if not step.plan.run(None):
-            raise RuntimeError("a tensor was moved while the plan ran")
+        """Write a step of `loaded(writing=True)`."""
+        if not self._goes_straight(step):
+            if not step.plan.run(None):
+                raise RuntimeError("a tensor was moved while the plan ran")
+            return
+        assert step.straight is not None
+        for d in step.dsts:
+            torch.autograd.graph.increment_version(self._dsts[d])
+        _read_all(step.straight)
+
+    @staticmethod
+    def _goes_straight(step: Step) -> bool:
+        # Under a mode, every write has to be an operation that it sees.
+        return step.straight is not None and not (
+            torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+        )
 
     def verify(self) -> list[int]:
         """Numbers of the writes whose destination does not hold what the source says."""
@@ -274,8 +322,10 @@ class Streamed:
             differ |= {step.write_of[k] for k in step.plan.verify()}
         return sorted(differ)
 
-    def loaded(self) -> Iterator[Step]:
+    def loaded(self, writing: bool = False) -> Iterator[Step]:
         """The steps, each with its bytes in the staging buffer while it is the current one.
+
+        `writing`: only for `run_step`, which needs no staging where it reads straight to the destination.
 
         Raises:
             SourceError: a file was changed or cut since it was opened, or cannot be read.
@@ -283,7 +333,7 @@ class Streamed:
         files = list({id(f): f for f in self._files()}.values())
         for file in files:
             file.check()
-        yield from self._prefetched()
+        yield from self._prefetched(writing)
         for file in files:
             file.check()
 
@@ -292,37 +342,57 @@ class Streamed:
             if isinstance(source, Stored):
                 yield source.file
 
-    def _prefetched(self) -> Iterator[Step]:
-        reading = sum(bool(step.reads) for step in self.steps)
-        if reading <= 1:
-            for step in self.steps:
-                self._load(step)
+    def _prefetched(self, writing: bool) -> Iterator[Step]:
+        staged = [bool(s.reads) and not (writing and self._goes_straight(s)) for s in self.steps]
+        if sum(staged) <= 1:
+            for k, step in enumerate(self.steps):
+                if staged[k]:
+                    self._load(step)
                 yield step
             return
         with ThreadPoolExecutor(1, "paramkit-read") as pool:
             ahead: Future[None] | None = None
             for k, step in enumerate(self.steps):
-                if ahead is None:
-                    self._load(step)
-                else:
+                if ahead is not None:
                     ahead.result()
-                following = self.steps[k + 1] if k + 1 < len(self.steps) else None
-                ahead = pool.submit(self._load, following) if following is not None else None
+                elif staged[k]:
+                    self._load(step)
+                more = k + 1 < len(self.steps) and staged[k + 1]
+                ahead = pool.submit(self._load, self.steps[k + 1]) if more else None
                 yield step
 
     def _load(self, step: Step) -> None:
-        by_file: dict[int, tuple[StoredFile, list[tuple[int, Tensor]]]] = {}
         half = self._staging[step.half :]
+        asked = []
         for read in step.reads:
             out = half[read.at : read.at + read.end - read.begin]
             if isinstance(read.source, Stored):
-                file = read.source.file
-                asked = by_file.setdefault(id(file), (file, []))[1]
-                asked.append((read.source.offset + read.begin, out))
+                asked.append((read.source.file, read.source.offset + read.begin, out))
             else:
                 read.source.read_into(read.begin, read.end, out)
-        for file, asked in by_file.values():
-            file.read_many(asked)
+        _read_all(asked)
+
+
+def _read_all(asked: Sequence[tuple[StoredFile, int, Tensor]]) -> None:
+    """Read ranges of files, each file's in one call."""
+    by_file: dict[int, tuple[StoredFile, list[tuple[int, Tensor]]]] = {}
+    for file, offset, out in asked:
+        by_file.setdefault(id(file), (file, []))[1].append((offset, out))
+    for file, ranges in by_file.values():
+        file.read_many(ranges)
+
+
+def _row_of(sizes: Sequence[int]) -> list[int]:
+    """The strides of elements in a row."""
+    steps, step = [], 1
+    for n in reversed(sizes):
+        steps.append(step)
+        step *= n
+    return steps[::-1]
+
+
+def _is_row(sizes: Sequence[int], strides: Sequence[int], row: Sequence[int]) -> bool:
+    return all(n == 1 or st == step for n, st, step in zip(sizes, strides, row, strict=True))
 
 
 def _in_file_order(units: list[_Read]) -> list[_Read]:

@@ -43,7 +43,7 @@ class Exchange:
         if isinstance(self._compiled, Streamed):
             if self._compiled.replaced() or any(self._compiled.moved()):
                 return False
-            for step in self._compiled.loaded():
+            for step in self._compiled.loaded(writing=True):
                 self._journal.note_plan(step.plan)
                 self._compiled.run_step(step)
             return True
