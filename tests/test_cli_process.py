@@ -20,7 +20,11 @@ MIB = 1 << 20
 
 def command(*argv: object, code: str = "", **options: Any) -> subprocess.Popen[str]:
     """Start the command; `code` runs before it."""
-    script = f"import sys\n{code}\nfrom paramkit.cli import main\nsys.exit(main(sys.argv[1:]))"
+    # Where the tests run in the background, an interrupt is ignored, and their children inherit that.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    script = (
+        f"import sys\n{heard}\n{code}\nfrom paramkit.cli import main\nsys.exit(main(sys.argv[1:]))"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", script, *map(str, argv)],
         stdout=options.pop("stdout", subprocess.PIPE),
