@@ -9,11 +9,12 @@ from torch import Tensor
 
 from .backend.native import same_bits
 from .casting import may_overflow, overflow_finding, overflows
+from .destinations import Destination
 from .errors import Finding
 from .pieces import same_memory, views
 from .resolve import Resolved, Write
 
-__all__ = ["overflow_findings", "tie_findings"]
+__all__ = ["overflow_findings", "tie_finding", "tie_findings"]
 
 
 def tie_findings(resolved: Resolved, sources: Sequence[Any], limit: int) -> list[Finding]:
@@ -33,20 +34,28 @@ def tie_findings(resolved: Resolved, sources: Sequence[Any], limit: int) -> list
         if not all(_agree(x, y, dtype) for x, y in views(pair, (a, b), limit)):
             d = resolved.destinations[a.dst]
             first, second = (resolved.source_names[w.src] for w in (a, b))
-            ties = f", tied to {', '.join(d.aliases)}" if d.aliases else ""
             text = f"from {first} and from {second}"
             if first == second:
                 text = f"from several indices of {first} ({a.text})"
-            findings.append(
-                Finding(
-                    d.name,
-                    "conflict",
-                    f"two different values for the same elements, {text}",
-                    f"one value for each element{ties}",
-                    "drop one of them with a rule: Rule(name, None)",
-                )
-            )
+            findings.append(tie_finding(d, text))
     return findings
+
+
+def tie_finding(d: Destination, sources: str) -> Finding:
+    """Two sources of one element, which differ.
+
+    Args:
+        d: the destination.
+        sources: which, such as "from a and from b".
+    """
+    ties = f", tied to {', '.join(d.aliases)}" if d.aliases else ""
+    return Finding(
+        d.name,
+        "conflict",
+        f"two different values for the same elements, {sources}",
+        f"one value for each element{ties}",
+        "drop one of them with a rule: Rule(name, None)",
+    )
 
 
 def _agree(a: Tensor, b: Tensor, dtype: Any) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .blocks import boxes, cut
-from .errors import Finding
+from .errors import Finding, dtype_text
 
 __all__ = [
     "CASTINGS",
@@ -188,7 +188,7 @@ def refusal(src: torch.dtype, dst: torch.dtype, casting: str) -> str | None:
     """
     if can_cast(src, dst, casting):
         return None
-    return f'{_short(src)} to {_short(dst)} is not within casting="{casting}"'
+    return f'{dtype_text(src)} to {dtype_text(dst)} is not within casting="{casting}"'
 
 
 def hint(src: torch.dtype, dst: torch.dtype) -> str:
@@ -204,10 +204,6 @@ def hint(src: torch.dtype, dst: torch.dtype) -> str:
     if same_size and dst in _FORMATS and dst.itemsize == 1:  # bytes of a file without float8
         return f"{text}; where the bytes are meant and not the numbers, pass source.view({dst})"
     return text
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # ---- values --------------------------------------------------------------------------------------
@@ -294,7 +290,7 @@ def overflow_finding(name: str, source: str, dst_dtype: torch.dtype, lost: Overf
     values = "a value" if lost.elements == 1 else f"{lost.elements} values"
     first = "" if lost.elements == 1 else "the first "
     got = f"{values} of {source}, {first}{where} = {lost.value}"
-    return Finding(name, "overflow", got, f"values that {_short(dst_dtype)} can hold")
+    return Finding(name, "overflow", got, f"values that {dtype_text(dst_dtype)} can hold")
 
 
 def _search(dst: torch.dtype, src: Tensor, elements: int) -> Overflow | None:

@@ -20,6 +20,7 @@ from .resolve import resolve
 from .rules import Rule
 from .shapes import infer_destinations
 from .sources import Lazy, Stored
+from .sources.lazy import contiguous_strides
 
 __all__ = ["STATUSES", "Compared", "compare"]
 
@@ -166,14 +167,16 @@ class _Made:
     @classmethod
     def of(cls, tensor: Any) -> _Made:
         shape = tuple(tensor.shape)
-        return cls(shape, tensor.dtype, [(_whole(tensor), _contiguous(shape), 0)])
+        return cls(shape, tensor.dtype, [(_whole(tensor), contiguous_strides(shape), 0)])
 
     def plain(self) -> _View | None:
         """The tensor of A that it is, in its own order; None where it is made of parts."""
         if len(self.parts) != 1 or self.partial:
             return None
         view, strides, _ = self.parts[0]
-        return view if (view.sizes, strides) == (self.shape, _contiguous(self.shape)) else None
+        return (
+            view if (view.sizes, strides) == (self.shape, contiguous_strides(self.shape)) else None
+        )
 
 
 def _by_rules(
@@ -446,14 +449,6 @@ def _float64(x: Tensor) -> Tensor:
 # ---- views and pieces ----------------------------------------------------------------------------
 
 
-def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
-
-
 def _whole(tensor: Any) -> _View:
     return _View(tensor, tuple(tensor.shape), tuple(tensor.stride()), 0)
 
@@ -466,7 +461,7 @@ def _permuted(view: _View, axes: Sequence[int]) -> _View:
 
 def _flat(view: _View) -> _View | None:
     """A contiguous view with one axis."""
-    usual = _contiguous(view.sizes)
+    usual = contiguous_strides(view.sizes)
     if any(n > 1 and s != u for n, s, u in zip(view.sizes, view.strides, usual)):
         return None
     return view._replace(sizes=(prod(view.sizes),), strides=(1,))
@@ -474,7 +469,7 @@ def _flat(view: _View) -> _View | None:
 
 def _aligned(own: _Made, tensor: Any) -> list[tuple[_View, _View]]:
     """Each part of what is made, beside the part of the tensor that should hold the same."""
-    usual, strides = _contiguous(own.shape), tuple(tensor.stride())
+    usual, strides = contiguous_strides(own.shape), tuple(tensor.stride())
     if all(n == 1 or u == s for n, u, s in zip(own.shape, usual, strides)):
         return [(v, _View(tensor, v.sizes, steps, at)) for v, steps, at in own.parts]
     # Of another layout: each part's place is worked out axis by axis.
@@ -540,7 +535,7 @@ class _Reader:
 
 
 def _is_dense(sizes: Sequence[int], strides: Sequence[int]) -> bool:
-    return all(n == 1 or s == u for n, s, u in zip(sizes, strides, _contiguous(sizes)))
+    return all(n == 1 or s == u for n, s, u in zip(sizes, strides, contiguous_strides(sizes)))
 
 
 def _tiles(x: _View, y: _View, most: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:

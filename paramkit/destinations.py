@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ __all__ = [
     "Place",
     "allocated",
     "destinations_of",
-    "is_lazy",
+    "is_uninitialized",
     "layout_finding",
     "memory_key",
     "named_destinations",
@@ -45,11 +45,11 @@ class Destination:
         tensor: the parameter, buffer or mapping value itself.
         owner: the module that holds it, None for a mapping.
         key: the attribute's name in the owner, or the mapping's key.
-        kind: "parameter", "buffer" or "tensor".
+        kind: "parameter", "buffer", "transient" (a buffer that no state dict has: it is written where a rule
+            or a source names it) or "tensor".
         path: (parent, child key, child) from the root to the owner.
         aliases: further names of the same memory (tied weights).
         alias_places: where each alias is held, in the order of `aliases`; empty for a mapping.
-        transient: a buffer that no state dict has: it is written where a rule or a source names it.
     """
 
     name: str
@@ -60,7 +60,11 @@ class Destination:
     path: Path = ()
     aliases: tuple[str, ...] = ()
     alias_places: tuple[Place, ...] = ()
-    transient: bool = False
+
+    @property
+    def transient(self) -> bool:
+        """Whether it is a buffer that no state dict has."""
+        return self.kind == "transient"
 
 
 def named_destinations(
@@ -79,9 +83,10 @@ def named_destinations(
     if isinstance(model, nn.Module):
         found = [
             Destination(name, tensor, owner, key, kind, path)
-            for name, tensor, owner, key, kind, path in module_tensors(model)
+            for name, tensor, owner, key, kind, path in module_tensors(model, transient)
         ]
-        return found + list(_transient_buffers(model)) if transient else found
+        # Of one memory, the name that a state dict has comes first.
+        return sorted(found, key=lambda d: d.transient) if transient else found
     if isinstance(model, Mapping):
         wrong = [
             Finding(str(n), "type", type(t).__name__, "a tensor")
@@ -96,23 +101,6 @@ def named_destinations(
     raise TypeError(
         f"model must be an nn.Module or a mapping from names to tensors, got {type(model).__name__}"
     )
-
-
-def _transient_buffers(model: nn.Module) -> Iterator[Destination]:
-    for prefix, owner in model.named_modules():
-        for key in sorted(owner._non_persistent_buffers_set):
-            buffer = owner._buffers.get(key)
-            if buffer is None:
-                continue
-            path: list[tuple[nn.Module, str, nn.Module]] = []
-            parent = model
-            for part in prefix.split(".") if prefix else ():
-                child = parent._modules[part]
-                assert child is not None
-                path.append((parent, part, child))
-                parent = child
-            name = f"{prefix}.{key}" if prefix else key
-            yield Destination(name, buffer, owner, key, "buffer", tuple(path), transient=True)
 
 
 def destinations_of(
@@ -147,7 +135,7 @@ def memory_key(tensor: Any) -> object:
     """
     if isinstance(tensor, Lazy):
         return tensor.location()
-    if tensor.layout is not torch.strided or tensor.is_meta or is_lazy(tensor):
+    if tensor.layout is not torch.strided or tensor.is_meta or is_uninitialized(tensor):
         return id(tensor)
     try:
         address = tensor.data_ptr()
@@ -166,7 +154,7 @@ def memory_key(tensor: Any) -> object:
     )
 
 
-def is_lazy(tensor: Tensor) -> bool:
+def is_uninitialized(tensor: Tensor) -> bool:
     return isinstance(
         tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)
     )
@@ -188,7 +176,7 @@ def layout_finding(
         return None  # nearly every tensor is like this, and there may be tens of thousands
     if isinstance(tensor, Lazy):
         return None
-    if is_lazy(tensor):
+    if is_uninitialized(tensor):
         return Finding(
             name,
             "meta",

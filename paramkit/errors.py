@@ -21,6 +21,7 @@ __all__ = [
     "RuleFileError",
     "SourceError",
     "UnknownNameError",
+    "dtype_text",
     "fold_names",
     "suggest",
 ]
@@ -157,6 +158,16 @@ def _line(name: str, kind: str, got: str, expected: str, hint: str) -> str:
     if hint:
         parts.append(hint)
     return " | ".join(parts)
+
+
+def dtype_text(dtype: object) -> str:
+    """A dtype as people write it.
+
+    >>> import torch
+    >>> dtype_text(torch.bfloat16)
+    'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
 
 
 # ---- folding -------------------------------------------------------------------------------------

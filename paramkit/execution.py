@@ -11,13 +11,13 @@ from .journal import Journal, shielded
 from .stream import Streamed
 from .torn import Torn, clear, mark, reason_of, torn_error
 
-__all__ = ["execute"]
+__all__ = ["execute", "write"]
 
 Progress = Callable[[int, int], object]
 
 
 @dataclass
-class _Course:
+class Course:
     """How far a run came.
 
     Attributes:
@@ -57,19 +57,10 @@ def execute(
             the model is marked all the same.
     """
     journal = Journal() if atomic else None
-    course = _Course()
+    course = Course()
     try:
-        if isinstance(compiled, Streamed):
-            if compiled.replaced() or any(compiled.moved()):
-                return False
-            _run_steps(compiled, journal, progress, course)
-        else:
-            if journal is not None:
-                if compiled.replaced() or any(compiled.moved()):
-                    return False
-                journal.note_plan(compiled)
-            if not compiled.run(progress):
-                return False
+        if not write(compiled, journal, progress, course):
+            return False
     except BaseException as error:
         if journal is not None:
             shielded(journal.restore)
@@ -85,8 +76,35 @@ def execute(
     return True
 
 
+def write(
+    compiled: Any,
+    journal: Journal | None = None,
+    progress: Progress | None = None,
+    course: Course | None = None,
+) -> bool:
+    """Run a compiled plan, noting in a journal what it overwrites.
+
+    Args:
+        compiled, progress: as for `execute`.
+        journal: None keeps nothing.
+        course: is told how far it came.
+
+    Returns:
+        False, and nothing was written, if a tensor is not what the plan was made for.
+    """
+    streamed = isinstance(compiled, Streamed)
+    if (streamed or journal is not None) and (compiled.replaced() or any(compiled.moved())):
+        return False
+    if streamed:
+        _run_steps(compiled, journal, progress, course or Course())
+        return True
+    if journal is not None:
+        journal.note_plan(compiled)
+    return bool(compiled.run(progress))
+
+
 def _run_steps(
-    compiled: Streamed, journal: Journal | None, progress: Progress | None, course: _Course
+    compiled: Streamed, journal: Journal | None, progress: Progress | None, course: Course
 ) -> None:
     total = sum(step.bytes for step in compiled.steps)
     written = 0
@@ -106,7 +124,7 @@ def _state(
     names: Sequence[str],
     write_names: Sequence[str],
     error: BaseException,
-    course: _Course,
+    course: Course,
     apart: frozenset[str],
 ) -> Torn | None:
     """What was written to the model; None where it is nothing, or everything."""
@@ -140,7 +158,7 @@ def _left_by_steps(
     compiled: Streamed,
     names: Sequence[str],
     error: BaseException,
-    course: _Course,
+    course: Course,
     apart: frozenset[str],
 ) -> set[str] | None:
     """Names that do not hold the new values in full; None where nothing was written to the model."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from shutil import get_terminal_size
 
-from .errors import Numbers, fold_names, fold_numbers, join_numbers, split_numbers
+from .errors import Numbers, dtype_text, fold_names, fold_numbers, join_numbers, split_numbers
 from .resolve import Resolved, Write
 
 __all__ = ["explain"]
@@ -119,13 +119,9 @@ def _linked(rows: Sequence[tuple[Numbers, Numbers]]) -> tuple[list[int | None], 
 
 
 def _dtype_text(resolved: Resolved, write: Write) -> str:
-    src = _short(resolved.source_tensors[write.src].dtype)
-    dst = _short(resolved.destinations[write.dst].tensor.dtype)
+    src = dtype_text(resolved.source_tensors[write.src].dtype)
+    dst = dtype_text(resolved.destinations[write.dst].tensor.dtype)
     return dst if src == dst else f"{src} -> {dst}"
-
-
-def _short(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # ---- layout --------------------------------------------------------------------------------------

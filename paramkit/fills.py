@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .backend import checks
+from .errors import dtype_text
 from .sources.lazy import Lazy
 
 __all__ = ["Constant", "Fill", "Mean", "Normal", "beside"]
@@ -108,7 +109,7 @@ class Fill:
         >>> Fill.read(0.5).misfit(torch.int64), Fill.read(300).misfit(torch.uint8)
         ('a fraction in a tensor of int64', 'beyond what uint8 can hold')
         """
-        kind = str(dtype).removeprefix("torch.")
+        kind = dtype_text(dtype)
         whole = not (dtype.is_floating_point or dtype.is_complex)
         if self.kind != "value":
             fractions = whole and casting != "unsafe"
@@ -248,15 +249,8 @@ def _rows(source: Any, first: int, last: int) -> Tensor:
     """Rows of a tensor or of a lazy one, on the CPU."""
     if isinstance(source, Tensor):
         return source.detach()[first:last].cpu()
-    shape, strides = (last - first, *source.shape[1:]), source.stride()
-    size = source.element_size()
-    reach = (
-        1 + sum((n - 1) * st for n, st in zip(shape, strides, strict=True)) if prod(shape) else 0
-    )
-    begin = first * strides[0] * size
-    raw = torch.empty(reach * size, dtype=torch.uint8)
-    source.read_into(begin, begin + reach * size, raw)
-    return raw.view(source.dtype).as_strided(shape, strides)
+    strides = source.stride()
+    return source.read_view((last - first, *source.shape[1:]), strides, first * strides[0])
 
 
 def beside(one: Tensor, dst: Tensor) -> Tensor:

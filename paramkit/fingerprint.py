@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .blocks import boxes, cut, gather
 from .destinations import layout_finding, memory_key
-from .errors import Finding, SourceError
+from .errors import Finding, SourceError, dtype_text
 from .sources import Lazy, StoredFile, open_source
 
 __all__ = ["ALGORITHMS", "fingerprint"]
@@ -196,7 +196,7 @@ def _hash(
 ) -> str | None:
     """The digest of one tensor; None where `stop` was set meanwhile."""
     state = hashlib.new(algorithm, usedforsecurity=False)
-    name = str(tensor.dtype).removeprefix("torch.")
+    name = dtype_text(tensor.dtype)
     state.update(f"{name} {list(tensor.shape)}\n".encode("ascii"))
     if not tensor.numel():
         return state.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from time import perf_counter
 from typing import Any
@@ -11,15 +12,16 @@ from torch import Tensor, nn
 
 from . import backend
 from .backend.native import same_bits
+from .before import tie_finding
 from .casting import may_overflow, overflow_finding, overflows
 from .conflicts import find_conflicts
 from .destinations import Destination, layout_finding
 from .errors import Finding, PlanError, SourceError
 from .fills import Constant, Mean
-from .journal import Journal, shielded, view_of
+from .journal import Journal, shielded
 from .judge import conflict_finding, summary_of
 from .ops import foreach_copy_
-from .pieces import read_view, source_view
+from .pieces import read_view, view_of
 from .plan import Options
 from .report import Report
 from .resolve import Resolved, Resolver, Write, plan_error
@@ -85,6 +87,7 @@ class _Stream:
         self.journal = Journal() if atomic else None
         self.written: set[int] = set()  # destinations
         self.names: set[str] = set()  # of the source, so far
+        self.routes: Counter[str] = Counter()  # which kernels wrote
         self.bytes = 0
         self.done = self.tied = 0  # how many of the resolver's writes and ties are dealt with
         self.sure = 0  # how many of them are written for certain
@@ -110,7 +113,7 @@ class _Stream:
         names = [resolved.destinations[k].name for k in sorted(self.written)]
         clear(self.model, names)
         self._set_requires_grad()
-        families = ["copy"] * len(resolved.writes)
+        families = list(self.routes.elements())
         summary = summary_of(resolved, names, families, backend.active().NAME)
         return Report(summary, perf_counter() - start)
 
@@ -126,7 +129,9 @@ class _Stream:
         inner = [
             Finding(d.name, "requires_grad", "not a leaf", "a leaf")
             for d in r.destinations
-            if self.requires_grad is False and d.kind != "buffer" and not d.tensor.is_leaf
+            if self.requires_grad is False
+            and d.kind in ("parameter", "tensor")
+            and not d.tensor.is_leaf
         ]
         if inner:
             raise PlanError("requires_grad can only be set on leaves; nothing was written.", inner)
@@ -235,7 +240,9 @@ class _Stream:
                 self.journal.note(dsts)
             with torch.no_grad():
                 self.written.update(w.dst for w in writes)
-                foreach_copy_(dsts, srcs)
+                with backend.trace() as traced:
+                    foreach_copy_(dsts, srcs)
+            self.routes.update(traced.routes)
             self.sure = self.done
             self.bytes += sum(d.nbytes for d in dsts)
             if self.progress is not None:
@@ -249,18 +256,8 @@ class _Stream:
         held = view_of(d.tensor, first.sizes, first.dst_strides, first.dst_offset)
         if not same_bits(held, _seen(self._source(other), other).to(held.device)):
             names = self.resolver.src_names
-            raise plan_error(
-                [
-                    Finding(
-                        d.name,
-                        "conflict",
-                        "two different values for the same elements, "
-                        f"from {names[first.src]} and from {names[other.src]}",
-                        "one value for each element",
-                        "drop one of them with a rule: Rule(name, None)",
-                    )
-                ]
-            )
+            text = f"from {names[first.src]} and from {names[other.src]}"
+            raise plan_error([tie_finding(d, text)])
 
     def _source(self, write: Write) -> Any:
         r = self.resolver
@@ -307,7 +304,9 @@ class _Stream:
             return
         for k in self.written:
             d = self.resolver.destinations[k]
-            if d.kind != "buffer" and (d.tensor.is_floating_point() or d.tensor.is_complex()):
+            if d.kind in ("parameter", "tensor") and (
+                d.tensor.is_floating_point() or d.tensor.is_complex()
+            ):
                 d.tensor.requires_grad_(self.requires_grad)
 
 
@@ -315,6 +314,4 @@ def _seen(source: Any, write: Write) -> Tensor:
     """What a write reads."""
     if isinstance(source, Constant):
         return source.beside().expand(write.sizes)
-    if isinstance(source, Lazy):
-        return read_view(source, write)
-    return source_view(source, write)
+    return read_view(source, write)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .ops import foreach_copy_
+from .pieces import view_of
 
-__all__ = ["Journal", "shielded", "view_of"]
+__all__ = ["Journal", "shielded"]
 
 
 class Journal:
@@ -39,7 +40,10 @@ class Journal:
     def note_plan(self, compiled: Any) -> None:
         """Copy all that a backend's plan is about to write."""
         dsts = compiled.destinations()
-        self.note(view_of(dsts[d], *layout) for d, _, *layout in _dst_layouts(compiled))
+        self.note(
+            view_of(dsts[d], sizes, strides, offset)
+            for d, _, sizes, strides, offset, *_ in compiled.writes()
+        )
 
     def restore(self) -> None:
         """Put everything back, the latest first. May be called again where it was interrupted."""
@@ -48,18 +52,6 @@ class Journal:
         if views:
             with torch.no_grad():
                 foreach_copy_(views, copies)
-
-
-def _dst_layouts(compiled: Any) -> Iterable[tuple[Any, ...]]:
-    for write in compiled.writes():
-        d, s, sizes, dst_strides, dst_offset = tuple(write)[:5]
-        yield d, s, sizes, dst_strides, dst_offset
-
-
-def view_of(tensor: Tensor, sizes: Any, strides: Any, offset: int) -> Tensor:
-    """A detached view; the offset is relative to the tensor's first element."""
-    tensor = tensor.detach()
-    return tensor.as_strided(tuple(sizes), tuple(strides), tensor.storage_offset() + offset)
 
 
 def shielded(function: Callable[[], object]) -> None:

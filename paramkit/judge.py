@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .backend import checks, native
 from .destinations import Destination, Place
-from .errors import Finding
+from .errors import Finding, dtype_text
 from .report import Cast, Summary
 from .resolve import Resolved
 from .sources.lazy import Lazy
@@ -161,7 +161,7 @@ def summary_of(
         written += n * dst.element_size()
         moved += n * dst.element_size() + (read if n else 0) * src.element_size()
         if dst.dtype != src.dtype:
-            src_dtype, dst_dtype = (str(t.dtype).removeprefix("torch.") for t in (src, dst))
+            src_dtype, dst_dtype = dtype_text(src.dtype), dtype_text(dst.dtype)
             casts.append(
                 Cast(
                     resolved.destinations[w.dst].name,

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import backend
 from .backend import checks
-from .destinations import is_lazy
+from .destinations import is_uninitialized
 from .sources import module_tensors
 
 __all__ = ["load_state_dict"]
@@ -137,7 +137,7 @@ def _load_with_rollback(
 
 def _tensors(module: nn.Module) -> list[Tensor]:
     held = (*module._parameters.values(), *module._buffers.values())
-    return [t for t in held if t is not None and not is_lazy(t)]
+    return [t for t in held if t is not None and not is_uninitialized(t)]
 
 
 def _load_assigned(

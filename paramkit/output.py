@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .errors import Finding, PlanError
+from .errors import Finding, PlanError, dtype_text
 from .sources.safetensors_file import DTYPES, MAX_HEADER
 
 if TYPE_CHECKING:
@@ -290,7 +290,7 @@ def layout(
         if name in shapes:
             findings.append(Finding(name, "conflict", "twice", "each name once"))
         if dtype not in _TAGS:
-            expected = ", ".join(str(d).removeprefix("torch.") for d in _TAGS)
+            expected = ", ".join(map(dtype_text, _TAGS))
             findings.append(Finding(name, "dtype", str(dtype), expected))
         if not all(isinstance(n, int) and n >= 0 for n in shape):
             findings.append(Finding(name, "shape", str(tuple(shape)), "sizes"))

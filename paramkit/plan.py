@@ -47,7 +47,7 @@ from .sources.lazy import Lazy
 from .stream import STAGING_BYTES, Streamed
 from .swap import Exchange
 
-__all__ = ["Options", "Plan", "plan"]
+__all__ = ["ModelPlan", "Options", "Plan", "plan"]
 
 Progress = Callable[[int, int], object]
 
@@ -140,7 +140,8 @@ def plan(
         hooks: "refuse" modules that load a state dict in a way of their own, or "ignore" their hooks.
         mmap: map files into memory instead of reading them. Faster for a local file that nobody changes;
             one that is cut meanwhile ends the process (SIGBUS).
-        staging: bytes of the buffer that files are read through.
+        staging: bytes of the buffer that files are read through where they are rearranged or converted, and of
+            one read.
 
     Returns:
         A `Plan`; its `apply()` writes.
@@ -187,14 +188,7 @@ def plan(
         hooks=hooks,
         mmap=mmap,
     )
-    return model_plan(model, source, options)
-
-
-def model_plan(
-    model: nn.Module | Mapping[str, Tensor], source: Any, options: Options
-) -> _ModelPlan:
-    """A plan with names; `plan` with its options checked."""
-    return _ModelPlan(model, source, options)
+    return ModelPlan(model, source, options)
 
 
 def _kept(argument: Any) -> Any:
@@ -279,18 +273,7 @@ class Plan:
             own = [replace(w, dst=number[w.dst]) for w in resolved.writes]
             compiled: Any = Streamed(active, dsts, srcs, own, slots, staging)
         else:
-            writes = [
-                (
-                    number[w.dst],
-                    w.src,
-                    w.sizes,
-                    w.dst_strides,
-                    w.dst_offset,
-                    w.src_strides,
-                    w.src_offset,
-                )
-                for w in resolved.writes
-            ]
+            writes = [w.plain(number[w.dst], w.src) for w in resolved.writes]
             compiled = active.Plan(dsts, srcs, writes, slots, self._follow_autograd, ordered)
         self._compiled, self._slots, self._slot_names = compiled, slots, slot_names
         self._table = None if isinstance(table, dict) else table
@@ -635,7 +618,7 @@ class Plan:
         return f"<paramkit.Plan: {s.writes} writes into {len(s.names)} tensors, {s.bytes} bytes, backend {s.backend}>"
 
 
-class _ModelPlan(Plan):
+class ModelPlan(Plan):
     """A model (or mapping) from a source, by rules."""
 
     _follow_failures = True

@@ -105,7 +105,7 @@ class Proof:
     def whole(self, d: int, writes: Sequence[Write]) -> bool:
         """Whether some writes, and what is kept on purpose, are all of a destination."""
         parts = self._kept_parts.get(d, [])
-        regions = [_region(w) for w in writes] + [Region(*_unit(p.view)) for p in parts]
+        regions = [*map(_region, writes), *map(_part_region, parts)]
         return not cover(_whole(self._resolver.destinations[d].tensor), regions).missing
 
     # -- the verdict --
@@ -178,7 +178,7 @@ class Proof:
         """Judge a destination that is written in several parts; True if some of it is left alone."""
         d = self._resolver.destinations[k]
         space = _whole(d.tensor)
-        regions = [_region(w) for w in writes] + [Region(*_unit(p.view)) for p in parts]
+        regions = [*map(_region, writes), *map(_part_region, parts)]
         found = cover(space, regions)
         if found.twice is not None:
             said = [f"{d.name} <- {self._said(w)}" for w in writes]
@@ -249,7 +249,8 @@ class Proof:
                 else:
                     unexpected.append(s)
                 continue
-            if self._read_in_full(s, reads or [], parts or [], may) and parts:
+            self._read_in_full(s, reads or [], parts or [], may)
+            if parts:
                 dropped.append(f"{name} (in part)")
         if unexpected and not r.streaming:
             # Tied: what is read under one name is read, under whatever other names it stands. An iterator may
@@ -263,15 +264,15 @@ class Proof:
         self._report_unexpected(unexpected)
         return dropped
 
-    def _read_in_full(self, s: int, reads: list[Write], parts: list[Part], may: bool) -> bool:
+    def _read_in_full(self, s: int, reads: list[Write], parts: list[Part], may: bool) -> None:
         tensor = self._resolver.src_tensors[s]
         if len(reads) == 1 and not parts:
             read = prod(n for n, st in zip(reads[0].sizes, reads[0].src_strides, strict=True) if st)
             if read == tensor.numel() and 0 not in tensor.stride():
-                return True
+                return
         space = _whole(tensor)
         regions = [Region(w.src_offset, w.sizes, w.src_strides) for w in reads]
-        regions += [Region(*_unit(p.view)) for p in parts]
+        regions += map(_part_region, parts)
         found = cover(space, regions)
         if found.missing and not may:
             self._add(
@@ -283,7 +284,6 @@ class Proof:
                 "read the rest, drop it with Rule(name, None, pattern, at), "
                 "or name it in allow_unexpected",
             )
-        return True
 
     def _report_unexpected(self, unexpected: Sequence[int]) -> None:
         if not unexpected:
@@ -329,8 +329,8 @@ def _region(write: Write) -> Region:
     return Region(write.dst_offset, write.sizes, write.dst_strides)
 
 
-def _unit(view: View) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    return view.offset, view.sizes, view.strides
+def _part_region(part: Part) -> Region:
+    return Region(part.view.offset, part.view.sizes, part.view.strides)
 
 
 def _whole(tensor: Any) -> Region:

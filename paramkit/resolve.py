@@ -19,16 +19,17 @@ from torch import Tensor, nn
 from .casting import hint as cast_hint
 from .casting import refusal
 from .destinations import Destination, destinations_of, layout_finding
-from .errors import Finding, PlanError, Suggester
+from .errors import Finding, PlanError, Suggester, dtype_text
 from .fills import Constant, Fill, Mean, Normal
 from .hints import did_you_mean, joined, nearest_template, pattern_guess
 from .hooks import HookCheck
 from .patterns import Mismatch, View, Views, compile_side, parse
 from .patterns import compile as compile_pattern
 from .proof import Part, Proof
-from .rules import Rule
+from .rules import Rule, rule_list
 from .sources import open_source
-from .templates import Bindings, NameFilter, Template, TemplateIndex, bound_index, one_sided
+from .stacking import axis_size, bound_pins, unknown_size
+from .templates import Bindings, NameFilter, Template, TemplateIndex, one_sided
 
 __all__ = ["Resolved", "Resolver", "Tie", "Write", "resolve"]
 
@@ -56,6 +57,11 @@ class Write:
     src_strides: tuple[int, ...]
     src_offset: int
     text: str = ""
+
+    def plain(self, dst: int, src: int) -> tuple[Any, ...]:
+        """As a backend's plan takes it, for the destination and source of these numbers."""
+        layout = (self.sizes, self.dst_strides, self.dst_offset, self.src_strides, self.src_offset)
+        return (dst, src, *layout)
 
 
 class Tie(NamedTuple):
@@ -182,7 +188,7 @@ class Resolver:
         *,
         streaming: bool = False,
     ) -> None:
-        self.rules = _rule_list(rules)
+        self.rules = rule_list(rules)
         self.identity, self.casting, self.streaming = identity, casting, streaming
         self.may_miss = NameFilter(allow_missing, "allow_missing")
         self.may_remain = NameFilter(allow_unexpected, "allow_unexpected")
@@ -194,9 +200,8 @@ class Resolver:
         }
         self.src_names: list[str] = []
         self.src_tensors: list[Any] = []
-        self.made: list[
-            tuple[str, Any]
-        ] = []  # by rules that fill; a write's src is -1 - its number
+        # What rules fill with; the src of a write of it is -1 - its number.
+        self.made: list[tuple[str, Any]] = []
         self.findings: list[Finding] = []
         self.writes: list[Write] = []
         self.proof = Proof(self)
@@ -222,7 +227,10 @@ class Resolver:
         ]
         # What rules with a source may write: in a stream, no identity may come before them.
         self._made_by_rules = TemplateIndex(
-            [None if a is None else t for a, t in zip(sources, self._targets, strict=True)]
+            [
+                t if a and self.streaming else None
+                for a, t in zip(sources, self._targets, strict=True)
+            ]
         )
         # Rules without a source: what is filled, and what is kept on purpose.
         alone = [
@@ -257,14 +265,8 @@ class Resolver:
         for k, rule in enumerate(self.rules):
             if self._hits[k]:
                 continue
-            what, names = (
-                ("destination", self.dst_index)
-                if rule.src is None
-                else (
-                    "source",
-                    self.src_names,
-                )
-            )
+            names: Iterable[str] = self.dst_index if rule.src is None else self.src_names
+            what = "destination" if rule.src is None else "source"
             near = nears.setdefault(what, Suggester(names))
             findings.append(
                 Finding(
@@ -353,23 +355,13 @@ class Resolver:
         lone_src, lone_dst = self._lone[k]
         assert target is not None
         self.proof.consumed.add(s)
-        pins: list[tuple[str, int]] = []
-        for placeholder in lone_src:
-            number = bound_index(bindings[placeholder])
-            if number is None:
-                self.proof.unread_ok.add(s)
-                self.findings.append(
-                    Finding(
-                        self.src_names[s],
-                        "rule",
-                        f'{{{placeholder}}} = "{bindings[placeholder]}" in {rule}',
-                        f"an integer, the index on axis {placeholder}",
-                    )
-                )
-                return
-            pins.append((placeholder, number))
+        pins = bound_pins(self.src_names[s], rule, bindings, lone_src)
+        if isinstance(pins, Finding):
+            self.proof.unread_ok.add(s)
+            self.findings.append(pins)
+            return
         if not lone_dst:
-            self._job(s, k, target.format(bindings), tuple(pins))
+            self._job(s, k, target.format(bindings), pins)
             return
         for extra in self._unstacked(s, rule, target, bindings, lone_dst):
             filled = {**bindings, **{p: str(n) for p, n in extra}}
@@ -388,18 +380,10 @@ class Resolver:
         self, s: int, rule: Rule, target: Template, bindings: Bindings, lone_dst: Sequence[str]
     ) -> Iterable[tuple[tuple[str, int], ...]]:
         """The index tuples of placeholders that the destination alone has: every index of their axes."""
-        assert rule.pattern is not None
-        pattern, sizes = parse(rule.pattern), dict(rule.axis_sizes)
         shape = tuple(self.src_tensors[s].shape)
         counts = []
         for placeholder in lone_dst:
-            size = sizes.get(placeholder)
-            if size is None and len(shape) == len(pattern.src):
-                # Alone in its dimension, the axis has the dimension's size.
-                size = next(
-                    (n for n, g in zip(shape, pattern.src, strict=True) if g == (placeholder,)),
-                    None,
-                )
+            size = axis_size(placeholder, rule, shape)
             if size is None and len(lone_dst) == 1:
                 # As many as there are destinations; that they use up the source is proved at the end.
                 size = 0
@@ -407,15 +391,7 @@ class Resolver:
                     size += 1
             if size is None:
                 self.proof.unread_ok.add(s)
-                self.findings.append(
-                    Finding(
-                        self.src_names[s],
-                        "shape",
-                        f"{shape}: the size of axis {placeholder} in {rule} cannot be worked out",
-                        "",
-                        f"give it in the rule: {placeholder}=...",
-                    )
-                )
+                self.findings.append(unknown_size(self.src_names[s], shape, placeholder, rule))
                 return []
             counts.append(range(size))
         numel = self.src_tensors[s].numel()
@@ -541,7 +517,7 @@ class Resolver:
                 self._casts[kinds] = refusal(*kinds, self.casting)
             refused = self._casts[kinds]
             if refused is not None:
-                src, dst = (str(k).removeprefix("torch.") for k in kinds)
+                src, dst = map(dtype_text, kinds)
                 self.findings.append(
                     Finding(
                         job.dst_name,
@@ -614,7 +590,7 @@ class Resolver:
         if not misfit:
             return False
         self.proof.failed.add(d)
-        wanted = f"a value of {str(dtype).removeprefix('torch.')}"
+        wanted = f"a value of {dtype_text(dtype)}"
         self.findings.append(Finding(name, "dtype", str(fill), wanted, misfit))
         return True
 
@@ -726,16 +702,6 @@ def _renumbered(w: Write, number: Mapping[int, int]) -> Write:
 
 
 # ---- texts ---------------------------------------------------------------------------------------
-
-
-def _rule_list(rules: Iterable[Rule]) -> list[Rule]:
-    if isinstance(rules, Rule):
-        raise TypeError(f"rules must be a list of rules, got one Rule; write [{rules}]")
-    out = list(rules)
-    for k, rule in enumerate(out):
-        if not isinstance(rule, Rule):
-            raise TypeError(f"rules[{k}] must be a paramkit.Rule, got {type(rule).__name__}")
-    return out
 
 
 def _write_text(rule: Rule, pins: tuple[tuple[str, int], ...]) -> str:

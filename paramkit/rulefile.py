@@ -27,7 +27,7 @@ from typing import Any
 
 from .errors import Finding, RuleFileError
 from .patterns import parse, parse_at
-from .rules import Rule
+from .rules import Rule, rule_list
 
 __all__ = ["as_rules", "load_rules", "outline", "save_rules"]
 
@@ -46,9 +46,7 @@ def as_rules(rules: Any) -> tuple[Rule, ...]:
     """
     if isinstance(rules, (str, os.PathLike)):
         return tuple(load_rules(rules))
-    if isinstance(rules, Rule):
-        raise TypeError(f"rules must be a list of rules, got one Rule; write [{rules}]")
-    return tuple(rules)
+    return tuple(rule_list(rules))
 
 
 def load_rules(path: str | os.PathLike[str], **sizes: int) -> list[Rule]:

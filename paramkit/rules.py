@@ -10,7 +10,7 @@ from .fills import Fill
 from .patterns import parse, parse_at, reversed_text
 from .templates import Template, one_sided
 
-__all__ = ["Rule", "invert"]
+__all__ = ["Rule", "invert", "rule_list"]
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -250,6 +250,17 @@ def _braced(placeholders: Iterable[str]) -> str:
     return ", ".join(f"{{{p}}}" for p in placeholders)
 
 
+def rule_list(rules: Iterable[Rule]) -> list[Rule]:
+    """The rules, or a TypeError that says which of them is none."""
+    if isinstance(rules, Rule):
+        raise TypeError(f"rules must be a list of rules, got one Rule; write [{rules}]")
+    out = list(rules)
+    for k, rule in enumerate(out):
+        if not isinstance(rule, Rule):
+            raise TypeError(f"rules[{k}] must be a paramkit.Rule, got {type(rule).__name__}")
+    return out
+
+
 def invert(rules: Iterable[Rule]) -> list[Rule]:
     """The rules of the way back.
 
@@ -270,11 +281,7 @@ def invert(rules: Iterable[Rule]) -> list[Rule]:
         [Rule('b.w', 'a.w', 'o i -> i o'), Rule(None, 'pooler.*')]
     """
     out = []
-    for k, rule in enumerate(rules):
-        if not isinstance(rule, Rule):
-            raise TypeError(
-                f"invert: rules[{k}] must be a paramkit.Rule, got {type(rule).__name__}"
-            )
+    for rule in rule_list(rules):
         pattern = None if rule.pattern is None else reversed_text(rule.pattern)
         out.append(
             Rule(

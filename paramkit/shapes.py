@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from .errors import Finding
+from .errors import Finding, dtype_text
 from .hints import joined
 from .patterns import Mismatch, infer, parse
 from .resolve import plan_error
 from .rules import Rule
-from .templates import TemplateIndex, bound_index, one_sided
+from .stacking import axis_size, bound_pins, unknown_size
+from .templates import TemplateIndex, one_sided
 
 __all__ = ["infer_destinations"]
 
@@ -118,30 +119,24 @@ class _Shapes:
                 return
             self._whole(target.format(bindings), name, tensor)
             return
-        pins: list[tuple[str, int]] = []
-        for placeholder in lone:
-            number = bound_index(bindings[placeholder])
-            if number is None:
-                text = f'{{{placeholder}}} = "{bindings[placeholder]}" in {rule}'
-                expected = f"an integer, the index on axis {placeholder}"
-                self.findings.append(Finding(name, "rule", text, expected))
-                return
-            pins.append((placeholder, number))
-        others = one_sided(target, source)
-        pattern, sizes, shape = parse(rule.pattern), dict(rule.axis_sizes), tuple(tensor.shape)
+        pins = bound_pins(name, rule, bindings, lone)
+        if isinstance(pins, Finding):
+            self.findings.append(pins)
+            return
+        others, shape = one_sided(target, source), tuple(tensor.shape)
         counts = []
         for placeholder in others:
-            size = sizes.get(placeholder)
-            if size is None and len(shape) == len(pattern.src):
-                alone = (n for n, g in zip(shape, pattern.src, strict=True) if g == (placeholder,))
-                size = next(alone, None)
+            size = axis_size(placeholder, rule, shape)
             if size is None:
-                text = f"{shape}: the size of axis {placeholder} in {rule} cannot be worked out"
-                hint = f"give it in the rule: {placeholder}=..."
-                self.findings.append(Finding(name, "shape", text, "", hint))
+                self.findings.append(unknown_size(name, shape, placeholder, rule))
                 return
-            counts.append(range(size))
-        for chosen in product(*counts):
+            counts.append(size)
+        if prod(counts) > max(tensor.numel(), 1):
+            text = f"{shape}: {tensor.numel()} elements for {prod(counts)} names"
+            expected = "at least one element for each"
+            self.findings.append(Finding(name, "shape", text, expected, f"correct {rule}"))
+            return
+        for chosen in product(*map(range, counts)):
             extra = dict(zip(others, chosen, strict=True))
             full = target.format({**bindings, **{p: str(n) for p, n in extra.items()}})
             self._part(full, name, tensor, rule, (*rule.at, *pins, *extra.items()))
@@ -203,7 +198,7 @@ class _Shapes:
             )
             return None
         if self.dtype is None and len(made.dtypes) > 1:
-            texts = [f"{str(d).removeprefix('torch.')} from {s}" for d, s in made.dtypes.items()]
+            texts = [f"{dtype_text(d)} from {s}" for d, s in made.dtypes.items()]
             self.findings.append(
                 Finding(name, "dtype", ", ".join(texts), "one dtype", "say which: dtype")
             )

@@ -11,21 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .pieces import cut, span
+from .pieces import cut, span, view_of
 from .resolve import Write
-from .sources.lazy import Lazy, Stored, StoredFile
+from .sources.lazy import Lazy, Stored, StoredFile, contiguous_strides
 
 __all__ = ["STAGING_BYTES", "Streamed"]
 
-# Both halves together. Bytes that are read and written at once should still be in the cache: with 32 MiB
-# of it, larger halves are slower, and halves below 1 MiB pay for each read.
+# Both halves together; also the bytes of a call that reads straight to where they belong. 1 GiB of bfloat16 from
+# a warm file, 2 cores: 154 ms with 8 MiB, 141 with 16, 116 with 32, 106 with 64, 103 with 128.
 STAGING_BYTES = 32 << 20
 _ALIGN = 64
 # Bytes between two reads that are read along: a request costs as much as a copy of about this many.
@@ -112,7 +112,7 @@ class Streamed:
             size = source.element_size()
             pieces: list[tuple[int, int, int, Write]] = []
             for number, write in writes:
-                for piece in cut(write, size, self._half // 4):
+                for (piece,) in cut([write], [size], self._half // 4):
                     begin, end = span(piece, size)
                     if end - begin > self._half:
                         raise ValueError(
@@ -204,17 +204,11 @@ class Streamed:
         used = sorted({w.dst for _, w, _, _ in pieces})
         number_of = {d: k for k, d in enumerate(used)}
         writes = [
-            (number_of[w.dst], s, w.sizes, w.dst_strides, w.dst_offset, w.src_strides, offset)
-            for _, w, s, offset in pieces
+            replace(w, src_offset=offset).plain(number_of[w.dst], s) for _, w, s, offset in pieces
         ]
         dsts = [self._dsts[d] for d in used]
         plan = self._active.Plan(dsts, srcs, writes, slots, False, False)
-        size = 0
-        for _, w, _, _ in pieces:
-            count = self._dsts[w.dst].element_size()
-            for n in w.sizes:
-                count *= n
-            size += count
+        size = sum(prod(w.sizes) * self._dsts[w.dst].element_size() for _, w, _, _ in pieces)
         numbers = [number for number, *_ in pieces]
         return Step(reads, plan, numbers, used, size, half)
 
@@ -231,17 +225,10 @@ class Streamed:
                 plain = type(dst) in (Tensor, nn.Parameter) and dst.device.type == "cpu"
                 if not plain or dst.dtype != source.dtype or dst.is_conj() or dst.is_neg():
                     return None
-                row = _row_of(w.sizes)
-                if not (
-                    _is_row(w.sizes, w.dst_strides, row) and _is_row(w.sizes, w.src_strides, row)
-                ):
+                if not (_in_a_row(w.sizes, w.dst_strides) and _in_a_row(w.sizes, w.src_strides)):
                     return None
-                view = dst.detach().as_strided(
-                    (prod(w.sizes),), (1,), dst.storage_offset() + w.dst_offset
-                )
-                out.append(
-                    (source.file, source.offset + w.src_offset * size, view.view(torch.uint8))
-                )
+                place = view_of(dst, (prod(w.sizes),), (1,), w.dst_offset).view(torch.uint8)
+                out.append((source.file, source.offset + w.src_offset * size, place))
         return out or None
 
     # -- what a backend's plan has --
@@ -272,18 +259,7 @@ class Streamed:
         return list(self._srcs)
 
     def writes(self) -> list[tuple[Any, ...]]:
-        return [
-            (
-                w.dst,
-                w.src,
-                w.sizes,
-                w.dst_strides,
-                w.dst_offset,
-                w.src_strides,
-                w.src_offset,
-            )
-            for w in self._writes
-        ]
+        return [w.plain(w.dst, w.src) for w in self._writes]
 
     def rebind(self, tensors: dict[str, Any], names: list[str]) -> bool:
         """True: not taken. What lies in a file is planned anew."""
@@ -382,16 +358,8 @@ def _read_all(asked: Sequence[tuple[StoredFile, int, Tensor]]) -> None:
         file.read_many(ranges)
 
 
-def _row_of(sizes: Sequence[int]) -> list[int]:
-    """The strides of elements in a row."""
-    steps, step = [], 1
-    for n in reversed(sizes):
-        steps.append(step)
-        step *= n
-    return steps[::-1]
-
-
-def _is_row(sizes: Sequence[int], strides: Sequence[int], row: Sequence[int]) -> bool:
+def _in_a_row(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    row = contiguous_strides(sizes)
     return all(n == 1 or st == step for n, st, step in zip(sizes, strides, row, strict=True))
 
 

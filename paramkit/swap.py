@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .conflicts import find_conflicts
 from .destinations import Destination
+from .execution import write
 from .journal import Journal, shielded
 from .pieces import same_memory
 from .resolve import Resolved
@@ -40,15 +41,7 @@ class Exchange:
         """Put the source in. False, and nothing written, where a tensor is not what was planned for."""
         if self.in_place:
             return bool(self._compiled.exchange())
-        if isinstance(self._compiled, Streamed):
-            if self._compiled.replaced() or any(self._compiled.moved()):
-                return False
-            for step in self._compiled.loaded(writing=True):
-                self._journal.note_plan(step.plan)
-                self._compiled.run_step(step)
-            return True
-        self._journal.note_plan(self._compiled)
-        return bool(self._compiled.run(None))
+        return write(self._compiled, self._journal)
 
     def leave(self) -> list[int]:
         """Put back what was there; nothing where nothing was put in.

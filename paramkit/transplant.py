@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .iterate import is_stream, transplant_stream
 from .journal import shielded
-from .plan import Options, Progress, model_plan
+from .plan import ModelPlan, Options, Progress
 from .report import Report
 from .rules import Rule
 
@@ -62,7 +62,7 @@ def transplant(
         device: parameters on the meta device are allocated there, once, and written; all of each must be.
             Those that are not on the meta device stay where they are.
         mmap: map files into memory instead of reading them, see `paramkit.plan`.
-        staging: bytes of the buffer that files are read through.
+        staging: bytes of the buffer that files are read through, see `paramkit.plan`.
         requires_grad: set on every floating-point parameter that was written (False freezes them);
             None leaves it as it is.
         progress: called now and then with (bytes written, bytes in all); for an iterable the second is 0.
@@ -102,7 +102,7 @@ def transplant(
         return transplant_stream(
             model, source, options, atomic=atomic, requires_grad=requires_grad, progress=progress
         )
-    made = model_plan(model, source, options)
+    made = ModelPlan(model, source, options)
     if requires_grad is not None:
         made._trainable(requires_grad)  # raises before anything is written
     report = made.apply(atomic=atomic, progress=progress)

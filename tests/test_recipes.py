@@ -459,7 +459,7 @@ def test_rotary_halves_and_pairs(backend: str) -> None:
         assert close(halves["deep"]["attn"](x), pairs["deep"]["attn"](x))
 
 
-# ---- the library ---------------------------------------------------------------------------------
+# ---- the catalog ---------------------------------------------------------------------------------
 
 
 def test_the_function_and_the_file_are_the_same_rules() -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import paramkit
 from paramkit import PlanError, Rule, SourceError
@@ -524,3 +525,65 @@ def test_random_layouts_on_both_sides(seed: int, tmp_path: Path) -> None:
     with nothing_written(*destinations.values()), pytest.raises(PlanError) as caught:
         plan.apply(tmp_path / "other.pt")
     assert [(f.name, f.kind) for f in caught.value.findings] == [(wrong, "conflict")]
+
+
+class Seen(TorchDispatchMode):
+    """Counts the copies that torch is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.copies += func is torch.ops.aten.copy_.default
+        return func(*args, **(kwargs or {}))
+
+
+def rows(tmp_path: Path, dtype: torch.dtype) -> tuple[dict[str, Tensor], Path, dict[str, Tensor]]:
+    """Destinations between guard bytes, a file of tensors of theirs, larger together than the staging, and those."""
+    tensors = {f"w.{k}": random_bits((3, 500 + k), seed=k) for k in range(6)}
+    save_file(tensors, tmp_path / "rows.safetensors")
+    dsts = {n: place(Layout.dense(tuple(t.shape)), dtype) for n, t in tensors.items()}
+    return dsts, tmp_path / "rows.safetensors", tensors
+
+
+@pytest.mark.usefixtures("backend")
+def test_rows_of_one_dtype_are_read_straight_to_where_they_belong(tmp_path: Path) -> None:
+    dsts, path, tensors = rows(tmp_path, torch.float32)
+    plan = paramkit.plan(dsts, path, staging=STAGING)
+    steps = plan._compiled.steps
+    # The first step goes through staging, so that a file that cannot be read is told before a write.
+    assert len(steps) > 3 and steps[0].straight is None
+    assert all(step.straight is not None for step in steps[1:])
+    versions = [t._version for t in dsts.values()]
+    outside = watch(*dsts.values())
+    with paramkit.backend.trace() as trace:
+        plan.apply()
+    outside.assert_only_inside()
+    assert sum(trace.routes.values()) == len(steps[0].write_of)  # no kernel wrote the others
+    for (name, dst), before in zip(dsts.items(), versions, strict=True):
+        assert_same_bits(dst, tensors[name])
+        assert dst._version > before
+    assert plan.verify() == []
+    dsts["w.5"][2, -1] += 1
+    assert plan.verify() == ["w.5"]
+
+
+@pytest.mark.usefixtures("backend")
+def test_what_has_to_be_rearranged_or_seen_is_not_read_straight(tmp_path: Path) -> None:
+    dsts, path, tensors = rows(tmp_path, torch.bfloat16)
+    plan = paramkit.plan(dsts, path, staging=STAGING)
+    assert all(step.straight is None for step in plan._compiled.steps)
+    dsts = {
+        n: place(Layout.dense(tuple(t.shape)[::-1]), torch.float32).T for n, t in tensors.items()
+    }
+    plan = paramkit.plan(dsts, path, staging=STAGING)
+    assert all(step.straight is None for step in plan._compiled.steps)
+    # Under a mode every write is an operation that it sees.
+    dsts, path, tensors = rows(tmp_path, torch.float32)
+    plan = paramkit.plan(dsts, path, staging=STAGING)
+    with Seen() as seen:
+        plan.apply()
+    assert seen.copies == sum(len(step.write_of) for step in plan._compiled.steps)
+    for name, dst in dsts.items():
+        assert_same_bits(dst, tensors[name])

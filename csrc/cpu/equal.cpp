@@ -13,7 +13,8 @@ namespace paramkit::cpu {
 
 namespace {
 
-// Bytes ahead that are fetched while equal bytes are compared: two pages of each side.
+// Bytes ahead that are fetched while equal bytes are compared. Two threads over 512 MiB: 30 GB/s with it, from 25 to
+// 26 without, whether one page is compared at a time or eight side by side.
 constexpr int64_t kAhead = 2048;
 
 // Whether an element of `type` is NaN; of types that have none, no.
@@ -75,30 +76,20 @@ bool equal_strided(const char* dst, int64_t stride, const char* want, int64_t n)
 class Comparison {
  public:
   explicit Comparison(const Program& program)
-      : program_(program),
-        kernels_(active()),
-        differ_(new std::atomic<bool>[program.tasks.size()]),
-        parts_(parts_of(program)) {
+      : program_(program), kernels_(active()), differ_(new std::atomic<bool>[program.tasks.size()]), parts_(program) {
     for (size_t t = 0; t < program.tasks.size(); ++t) differ_[t].store(false, std::memory_order_relaxed);
   }
 
   // Takes parts until none is left.
   void work() {
-    const std::unique_ptr<char[]> scratch(new char[kScratch + 64]);
+    const std::unique_ptr<char[]> scratch(new char[kScratch]);
     Program program;
-    // Small parts are taken many at once: the counter is shared.
-    const size_t together = std::max<size_t>(1, std::min<size_t>(64, parts_.size() / 16));
-    while (true) {
-      const size_t first = next_.fetch_add(together, std::memory_order_relaxed);
-      if (first >= parts_.size()) return;
-      for (size_t p = first; p < std::min(parts_.size(), first + together); ++p) {
-        const Part& part = parts_[p];
-        std::atomic<bool>& differ = differ_[part.task];
-        if (!differ.load(std::memory_order_relaxed) && !equal(part, scratch.get(), program)) {
-          differ.store(true, std::memory_order_relaxed);
-        }
+    parts_.take([&](const Part& part) {
+      std::atomic<bool>& differ = differ_[part.task];
+      if (!differ.load(std::memory_order_relaxed) && !equal(part, scratch.get(), program)) {
+        differ.store(true, std::memory_order_relaxed);
       }
-    }
+    });
   }
 
   std::vector<char> result() const {
@@ -241,19 +232,14 @@ class Comparison {
   const Program& program_;
   const Kernels& kernels_;
   std::unique_ptr<std::atomic<bool>[]> differ_;
-  const std::vector<Part> parts_;
-  std::atomic<size_t> next_{0};
+  Parts parts_;
 };
 
 }  // namespace
 
 std::vector<char> equal(const Program& program, int threads, Parallel parallel) {
   Comparison comparison(program);
-  if (threads <= 1 || program.bytes < kParallelBytes) {
-    comparison.work();
-  } else {
-    parallel(threads, [](void* context, int) { static_cast<Comparison*>(context)->work(); }, &comparison);
-  }
+  on_threads(comparison, program, threads, parallel);
   return comparison.result();
 }
 

@@ -1,8 +1,7 @@
 #include "cpu/exchange.h"
 
-#include <algorithm>
-#include <atomic>
 #include <memory>
+#include <utility>
 
 #include "cpu/capability.h"
 #include "cpu/parts.h"
@@ -13,21 +12,14 @@ namespace {
 
 class Exchange {
  public:
-  explicit Exchange(const Program& program) : program_(program), kernels_(active()), parts_(parts_of(program)) {}
+  explicit Exchange(const Program& program) : program_(program), kernels_(active()), parts_(program) {}
 
   // Takes parts until none is left.
   void work() {
     const std::unique_ptr<char[]> scratch(new char[kScratch]);
     Program step;
     auto swap = [&](Part&& block) { swap_block(block, scratch.get(), step); };
-    const size_t together = std::max<size_t>(1, std::min<size_t>(64, parts_.size() / 16));
-    while (true) {
-      const size_t first = next_.fetch_add(together, std::memory_order_relaxed);
-      if (first >= parts_.size()) return;
-      for (size_t p = first; p < std::min(parts_.size(), first + together); ++p) {
-        split(program_, parts_[p], kScratch, swap);
-      }
-    }
+    parts_.take([&](const Part& part) { split(program_, part, kScratch, swap); });
   }
 
  private:
@@ -57,16 +49,14 @@ class Exchange {
 
   const Program& program_;
   const Kernels& kernels_;
-  const std::vector<Part> parts_;
-  std::atomic<size_t> next_{0};
+  Parts parts_;
 };
 
 }  // namespace
 
 void exchange(const Program& program, int threads, Parallel parallel) {
   Exchange all(program);
-  if (threads <= 1 || program.bytes < kParallelBytes) return all.work();
-  parallel(threads, [](void* context, int) { static_cast<Exchange*>(context)->work(); }, &all);
+  on_threads(all, program, threads, parallel);
 }
 
 }  // namespace paramkit::cpu

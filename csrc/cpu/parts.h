@@ -1,11 +1,14 @@
 // Tasks cut into boxes, for work that is not a write: comparing, exchanging.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <utility>
 #include <vector>
 
 #include "core/task.h"
+#include "cpu/run.h"
 
 namespace paramkit::cpu {
 
@@ -72,16 +75,41 @@ void split(const Program& program, Part part, int64_t limit, Emit& emit) {
   split(program, std::move(rest), limit, emit);
 }
 
-// All tasks cut for several threads.
-inline std::vector<Part> parts_of(const Program& program) {
-  std::vector<Part> parts;
-  auto keep = [&parts](Part&& part) { parts.push_back(std::move(part)); };
-  for (size_t t = 0; t < program.tasks.size(); ++t) split(program, whole(program, t), kPart, keep);
-  return parts;
+// All tasks of a program in parts, which threads take until none is left.
+class Parts {
+ public:
+  explicit Parts(const Program& program) {
+    auto keep = [this](Part&& part) { parts_.push_back(std::move(part)); };
+    for (size_t t = 0; t < program.tasks.size(); ++t) split(program, whole(program, t), kPart, keep);
+  }
+
+  // Calls body(part) for parts that no other thread has taken.
+  template <class Body>
+  void take(Body body) {
+    // Small parts are taken many at once: the counter is shared.
+    const size_t together = std::max<size_t>(1, std::min<size_t>(64, parts_.size() / 16));
+    while (true) {
+      const size_t first = next_.fetch_add(together, std::memory_order_relaxed);
+      if (first >= parts_.size()) return;
+      for (size_t p = first; p < std::min(parts_.size(), first + together); ++p) body(parts_[p]);
+    }
+  }
+
+ private:
+  std::vector<Part> parts_;
+  std::atomic<size_t> next_{0};
+};
+
+// Calls job.work() on as many threads as a program of that size is worth.
+template <class Job>
+void on_threads(Job& job, const Program& program, int threads, Parallel parallel) {
+  if (threads <= 1 || program.bytes < kParallelBytes) return job.work();
+  parallel(threads, [](void* context, int) { static_cast<Job*>(context)->work(); }, &job);
 }
 
-// The loops of a block over memory that is compact in the order of the loops: `compact` is their strides
-// there, as destination, and `other` the block's own on one side. Writes rank + 1 loops, the run last.
+// The loops of a copy between a block and memory that is compact in the order of its loops. The compact memory is
+// the destination; the block is the source, by its own strides on the side `other`, with elements `width` apart
+// in its run. Writes rank + 1 loops, the run last, and returns how many.
 inline int compact_loops(const Program& program, const Part& block, int64_t Dim::* other, int64_t width, Dim* loops) {
   const Dim* dims = dims_of(program, block);
   const Task& task = program.tasks[block.task];

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <iterator>
 #include <map>
 
 #include "cpu/run.h"
@@ -496,15 +497,15 @@ std::vector<int64_t> Plan::exchange_back() {
 void Plan::swap(const std::vector<char>& chosen) {
   for (size_t i = 0; i < dst_snapshots_.size(); ++i) dst_snapshots_[i].impl->bump_version();
   for (size_t i = 0; i < src_snapshots_.size(); ++i) src_snapshots_[i].impl->bump_version();
+  // Under a mode or a tracer every write has to be torch's own.
+  const bool plain = plain_context();
   std::vector<uint32_t> by_torch;
-  for (uint32_t w : native_) {
-    if (chosen[w]) by_torch.push_back(w);
-  }
-  for (const Other& other : others_) {
-    for (uint32_t w : other.write_of) {
-      if (chosen[w]) by_torch.push_back(w);
-    }
-  }
+  const auto keep = [&](const std::vector<uint32_t>& writes) {
+    std::copy_if(writes.begin(), writes.end(), std::back_inserter(by_torch), [&](uint32_t w) { return chosen[w]; });
+  };
+  keep(native_);
+  for (const Other& other : others_) keep(other.write_of);
+  if (!plain) keep(task_write_);
   const at::NoGradGuard no_grad;
   const auto swap_one = [this](uint32_t w) {
     const Write& write = writes_[w];
@@ -524,7 +525,7 @@ void Plan::swap(const std::vector<char>& chosen) {
   Program program;
   program.dims = program_.dims;
   program.bytes = program_.bytes;
-  for (size_t t = 0; t < program_.tasks.size(); ++t) {
+  for (size_t t = 0; plain && t < program_.tasks.size(); ++t) {
     if (chosen[task_write_[t]]) program.tasks.push_back(program_.tasks[t]);
   }
   exchange_tasks(program);

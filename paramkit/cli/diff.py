@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..compare import STATUSES, Compared, compare
-from ..errors import fold_names
+from ..errors import dtype_text, fold_names
 from ..explain import bytes_text
 from ..sources import open_source
 from .options import add_json, add_quiet, add_rules, parser, rules_of, unusable, wrong
 from .progress import progress
-from .text import columns, counted, dtype_text, say, say_json, width
+from .text import columns, counted, say, say_json, width
 
 __all__ = ["add"]
 

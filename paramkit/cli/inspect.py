@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ..destinations import memory_key
-from ..errors import fold_names, split_numbers
+from ..errors import dtype_text, fold_names, split_numbers
 from ..explain import bytes_text
 from ..sources import Stored, open_source
 from .files import files_of, metadata_of, stored_files
 from .odd import Odd, odd_things
 from .options import add_json, parser
-from .text import columns, counted, dtype_text, say, say_json
+from .text import columns, counted, say, say_json
 
 __all__ = ["Contents", "add", "contents"]
 

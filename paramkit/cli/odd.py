@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from ..errors import Numbers, fold_names, join_numbers, split_numbers
+from ..errors import Numbers, dtype_text, fold_names, join_numbers, split_numbers
 from ..sources import Stored
-from .text import counted, dtype_text
+from .text import counted
 
 __all__ = ["Odd", "odd_things"]
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from ..conflicts import find_conflicts
-from ..errors import Finding, PlanError
+from ..errors import Finding, PlanError, dtype_text
 from ..explain import explain
 from ..judge import conflict_finding, conversion_findings, summary_of
 from ..resolve import Resolved, plan_error, resolve
 from .options import Job, add_transplant, parser, unusable, wrong
-from .text import dtype_text, say, say_json
+from .text import say, say_json
 
 __all__ = ["add", "proven"]
 

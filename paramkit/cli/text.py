@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from ..explain import shortened
 
-__all__ = ["columns", "counted", "dtype_text", "fail", "fitted", "say", "say_json", "width"]
+__all__ = ["columns", "counted", "fail", "fitted", "say", "say_json", "width"]
 
 _GAP = "  "
 # No name column is squeezed below this: less is no longer a name.
@@ -59,11 +59,6 @@ def counted(n: int, what: str) -> str:
         ('1 tensor', '2,000 tensors')
     """
     return f"{n:,} {what}{'' if n == 1 else 's'}"
-
-
-def dtype_text(dtype: Any) -> str:
-    """A dtype without "torch."."""
-    return str(dtype).removeprefix("torch.")
 
 
 def columns(

@@ -8,6 +8,6 @@ back. docs/recipes.md has a table.
 from __future__ import annotations
 
 from .bert import bert_to_transformer_encoder
-from .library import Recipe, describe, load, names
+from .catalog import Recipe, describe, load, names
 
 __all__ = ["Recipe", "bert_to_transformer_encoder", "describe", "load", "names"]

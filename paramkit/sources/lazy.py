@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .reading import StoredFile
 
-__all__ = ["Lazy", "Stored", "StoredFile"]
+__all__ = ["Lazy", "Stored", "StoredFile", "contiguous_strides", "reach"]
 
 
 class Lazy:
@@ -56,14 +56,13 @@ class Lazy:
         self.dtype = dtype
         numel = self._numel = self.shape.numel()
         if strides is None:
-            self.strides = _contiguous(self.shape)
+            self.strides = contiguous_strides(self.shape)
             self.nbytes = numel * dtype.itemsize
         else:
             self.strides = tuple(strides)
             if len(self.strides) != len(self.shape) or any(step < 0 for step in self.strides):
                 raise ValueError(f"strides {self.strides} do not fit shape {tuple(self.shape)}")
-            last = sum((size - 1) * step for size, step in zip(self.shape, self.strides))
-            self.nbytes = (last + 1) * dtype.itemsize if numel else 0
+            self.nbytes = reach(self.shape, self.strides) * dtype.itemsize
 
     def stride(self, dim: int | None = None) -> tuple[int, ...] | int:
         """The strides in elements, or one of them."""
@@ -93,7 +92,7 @@ class Lazy:
         """Whether the elements lie in order without gaps (axes of size 1 do not count)."""
         if not self._numel:
             return True
-        usual = _contiguous(self.shape)
+        usual = contiguous_strides(self.shape)
         return all(
             size == 1 or own == step for size, own, step in zip(self.shape, self.strides, usual)
         )
@@ -132,6 +131,21 @@ class Lazy:
         if not self._numel:
             return torch.empty_strided(self.shape, self.strides, dtype=self.dtype)
         return span.view(self.dtype).as_strided(self.shape, self.strides)
+
+    def read_view(self, sizes: Sequence[int], strides: Sequence[int], offset: int) -> Tensor:
+        """A part of the tensor: its span is read into new memory.
+
+        Args:
+            sizes, strides, offset: of the part, in elements from the first one of the tensor.
+
+        Raises:
+            SourceError: as `read_into`.
+        """
+        itemsize = self.dtype.itemsize
+        span = torch.empty(reach(sizes, strides) * itemsize, dtype=torch.uint8)
+        if len(span):
+            self.read_into(offset * itemsize, offset * itemsize + len(span), span)
+        return span.view(self.dtype).as_strided(tuple(sizes), tuple(strides), 0)
 
     def load(self) -> Tensor:
         """The tensor with its values, in new memory of `nbytes` bytes.
@@ -211,9 +225,23 @@ class Stored(Lazy):
         return (self.file.identity, self.offset, self.dtype, self.shape, self.strides)
 
 
-def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides, in elements, of a tensor of that shape whose elements lie in a row.
+
+    >>> contiguous_strides((2, 3))
+    (3, 1)
+    """
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
         step *= max(size, 1)
     return tuple(reversed(strides))
+
+
+def reach(sizes: Sequence[int], strides: Sequence[int]) -> int:
+    """How many elements there are from the first one of a view to its last one.
+
+    >>> reach((2, 3), (5, 1))
+    8
+    """
+    return 0 if 0 in sizes else 1 + sum((n - 1) * step for n, step in zip(sizes, strides))

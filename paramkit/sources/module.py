@@ -13,7 +13,7 @@ __all__ = ["module_tensors"]
 
 
 def module_tensors(
-    module: nn.Module,
+    module: nn.Module, transient: bool = False
 ) -> Iterator[
     tuple[str, Tensor, nn.Module, str, str, tuple[tuple[nn.Module, str, nn.Module], ...]]
 ]:
@@ -22,8 +22,12 @@ def module_tensors(
     Walks the modules itself, so that no hook runs and nothing is detached. A module or a parameter
     that is reachable under several names is given under each of them.
 
+    Args:
+        module: the module.
+        transient: with the non-persistent buffers, which no state dict has.
+
     Yields:
-        (name, tensor, owner, key, "parameter" or "buffer", path), where path holds
+        (name, tensor, owner, key, kind, path), where kind is "parameter", "buffer" or "transient", and path holds
         (parent, child key, child) from the root to the owner.
 
     Example:
@@ -38,10 +42,10 @@ def module_tensors(
         for key, parameter in owner._parameters.items():
             if parameter is not None:
                 yield prefix + key, parameter, owner, key, "parameter", path
-        transient = owner._non_persistent_buffers_set
         for key, buffer in owner._buffers.items():
-            if buffer is not None and key not in transient:
-                yield prefix + key, buffer, owner, key, "buffer", path
+            kind = "transient" if key in owner._non_persistent_buffers_set else "buffer"
+            if buffer is not None and (transient or kind == "buffer"):
+                yield prefix + key, buffer, owner, key, kind, path
         for key, child in reversed(owner._modules.items()):
             # A module that contains itself would be walked forever; each turn has the same parameters.
             if child is None or child is module or any(child is step[2] for step in path):
