@@ -20,7 +20,7 @@ from .resolve import resolve
 from .rules import Rule
 from .shapes import infer_destinations
 from .sources import Lazy, Stored
-from .sources.lazy import contiguous_strides
+from .sources.lazy import contiguous_strides, in_a_row
 
 __all__ = ["STATUSES", "Compared", "compare"]
 
@@ -461,8 +461,7 @@ def _permuted(view: _View, axes: Sequence[int]) -> _View:
 
 def _flat(view: _View) -> _View | None:
     """A contiguous view with one axis."""
-    usual = contiguous_strides(view.sizes)
-    if any(n > 1 and s != u for n, s, u in zip(view.sizes, view.strides, usual)):
+    if not in_a_row(view.sizes, view.strides):
         return None
     return view._replace(sizes=(prod(view.sizes),), strides=(1,))
 
@@ -521,7 +520,7 @@ class _Reader:
             return part.resolve_conj().resolve_neg().reshape(-1)
         size, count = tensor.element_size(), prod(sizes)
         raw = self._memory(side, PIECE)[: count * size]
-        if _is_dense(sizes, view.strides):
+        if in_a_row(sizes, view.strides):
             tensor.read_into(begin * size, (begin + count) * size, raw)
         else:
             out = raw.view(_BITS[size]).view(sizes)
@@ -532,10 +531,6 @@ class _Reader:
         if key not in self._room:
             self._room[key] = torch.empty(size, dtype=torch.uint8)
         return self._room[key]
-
-
-def _is_dense(sizes: Sequence[int], strides: Sequence[int]) -> bool:
-    return all(n == 1 or s == u for n, s, u in zip(sizes, strides, contiguous_strides(sizes)))
 
 
 def _tiles(x: _View, y: _View, most: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:

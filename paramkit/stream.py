@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .pieces import cut, span, view_of
 from .resolve import Write
-from .sources.lazy import Lazy, Stored, StoredFile, contiguous_strides
+from .sources.lazy import Lazy, Stored, StoredFile, in_a_row
 
 __all__ = ["STAGING_BYTES", "Streamed"]
 
@@ -225,7 +225,7 @@ class Streamed:
                 plain = type(dst) in (Tensor, nn.Parameter) and dst.device.type == "cpu"
                 if not plain or dst.dtype != source.dtype or dst.is_conj() or dst.is_neg():
                     return None
-                if not (_in_a_row(w.sizes, w.dst_strides) and _in_a_row(w.sizes, w.src_strides)):
+                if not (in_a_row(w.sizes, w.dst_strides) and in_a_row(w.sizes, w.src_strides)):
                     return None
                 place = view_of(dst, (prod(w.sizes),), (1,), w.dst_offset).view(torch.uint8)
                 out.append((source.file, source.offset + w.src_offset * size, place))
@@ -356,11 +356,6 @@ def _read_all(asked: Sequence[tuple[StoredFile, int, Tensor]]) -> None:
         by_file.setdefault(id(file), (file, []))[1].append((offset, out))
     for file, ranges in by_file.values():
         file.read_many(ranges)
-
-
-def _in_a_row(sizes: Sequence[int], strides: Sequence[int]) -> bool:
-    row = contiguous_strides(sizes)
-    return all(n == 1 or st == step for n, st, step in zip(sizes, strides, row, strict=True))
 
 
 def _in_file_order(units: list[_Read]) -> list[_Read]:

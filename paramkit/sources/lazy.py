@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .reading import StoredFile
 
-__all__ = ["Lazy", "Stored", "StoredFile", "contiguous_strides", "reach"]
+__all__ = ["Lazy", "Stored", "StoredFile", "contiguous_strides", "in_a_row", "reach"]
 
 
 class Lazy:
@@ -90,12 +90,7 @@ class Lazy:
 
     def is_contiguous(self) -> bool:
         """Whether the elements lie in order without gaps (axes of size 1 do not count)."""
-        if not self._numel:
-            return True
-        usual = contiguous_strides(self.shape)
-        return all(
-            size == 1 or own == step for size, own, step in zip(self.shape, self.strides, usual)
-        )
+        return not self._numel or in_a_row(self.shape, self.strides)
 
     def read_into(self, begin: int, end: int, out: Tensor) -> None:
         """Read bytes [begin, end) of the byte space.
@@ -236,6 +231,16 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
         strides.append(step)
         step *= max(size, 1)
     return tuple(reversed(strides))
+
+
+def in_a_row(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether the elements of a view lie in a row, in its own order; axes of size 1 do not count.
+
+    >>> in_a_row((2, 1, 3), (3, 9, 1)), in_a_row((2, 3), (1, 2))
+    (True, False)
+    """
+    row = contiguous_strides(sizes)
+    return all(n == 1 or st == step for n, st, step in zip(sizes, strides, row))
 
 
 def reach(sizes: Sequence[int], strides: Sequence[int]) -> int:
