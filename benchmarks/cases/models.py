@@ -67,22 +67,24 @@ def small(shapes: Shapes, dtype: torch.dtype = torch.bfloat16, seed: int = 0) ->
     return found
 
 
+def _attention(at: str, width: int, keys: int) -> dict[str, tuple[int, ...]]:
+    """Of one layer with grouped queries: norms and projections."""
+    return {
+        f"{at}norm1.weight": (width,),
+        f"{at}attn.q.weight": (width, width),
+        f"{at}attn.k.weight": (keys, width),
+        f"{at}attn.v.weight": (keys, width),
+        f"{at}attn.o.weight": (width, width),
+        f"{at}norm2.weight": (width,),
+    }
+
+
 def dense(width: int, inner: int, keys: int, layers: int, vocabulary: int) -> Shapes:
     """A decoder with grouped queries and a gated MLP: a few dozen large tensors."""
     found: dict[str, tuple[int, ...]] = {"embed.weight": (vocabulary, width)}
     for n in range(layers):
         at = f"layers.{n}."
-        found |= {
-            f"{at}norm1.weight": (width,),
-            f"{at}attn.q.weight": (width, width),
-            f"{at}attn.k.weight": (keys, width),
-            f"{at}attn.v.weight": (keys, width),
-            f"{at}attn.o.weight": (width, width),
-            f"{at}norm2.weight": (width,),
-            f"{at}mlp.gate.weight": (inner, width),
-            f"{at}mlp.up.weight": (inner, width),
-            f"{at}mlp.down.weight": (width, inner),
-        }
+        found |= _attention(at, width, keys) | _mlp(f"{at}mlp.", width, inner)
     return found
 
 
@@ -92,27 +94,20 @@ def experts(share: int = 1) -> Shapes:
     found: dict[str, tuple[int, ...]] = {"model.embed.weight": (mixture.VOCABULARY, width)}
     for n in range(mixture.LAYERS):
         at = f"model.layers.{n}."
-        found |= {
-            f"{at}norm1.weight": (width,),
-            f"{at}attn.q.weight": (width, width),
-            f"{at}attn.k.weight": (keys, width),
-            f"{at}attn.v.weight": (keys, width),
-            f"{at}attn.o.weight": (width, width),
-            f"{at}norm2.weight": (width,),
-        }
+        found |= _attention(at, width, keys)
         if n < mixture.DENSE:
-            found |= _mlp(f"{at}mlp.", mixture.INNER)
+            found |= _mlp(f"{at}mlp.", width, mixture.INNER)
             continue
         found[f"{at}moe.router.weight"] = (mixture.EXPERTS, width)
         for e in range(mixture.EXPERTS // share):
-            found |= _mlp(f"{at}moe.experts.{e}.", mixture.EXPERT)
+            found |= _mlp(f"{at}moe.experts.{e}.", width, mixture.EXPERT)
     found["model.norm.weight"] = (width,)
     found["head.weight"] = (mixture.VOCABULARY, width)
     return found
 
 
-def _mlp(at: str, inner: int) -> Shapes:
-    width = mixture.WIDTH
+def _mlp(at: str, width: int, inner: int) -> dict[str, tuple[int, ...]]:
+    """A gated MLP."""
     return {
         f"{at}gate.weight": (inner, width),
         f"{at}up.weight": (inner, width),
