@@ -69,8 +69,9 @@ def boxes(
         geometry: sizes, and for each side strides and offset, in elements of a contiguous tensor.
         first, second: the shapes of the tensors, None for one that is not in parts.
 
-    >>> list(boxes(((2, 3), (3, 1), 0, (1, 2), 0), None, (3, 2)))
-    [Box(sizes=(2, 3), first=Side(axes=(0, 0), steps=(3, 1), base=(0,)), second=Side(axes=(1, 0), steps=(1, 1), base=(0, 0)))]
+    >>> (box,) = boxes(((2, 3), (3, 1), 0, (1, 2), 0), None, (3, 2))
+    >>> box.first, box.second.axes
+    (Side(axes=(0, 0), steps=(3, 1), base=(0,)), (1, 0))
     """
     sizes, strides_a, offset_a, strides_b, offset_b = geometry
     if 0 in sizes:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from .backend.checks import has_no_memory
 from .errors import Finding, PlanError
+from .sharding import is_sharded, spread_finding, spread_of
 from .sources import module_tensors
 from .sources.lazy import Lazy
+from .sources.spread import Spread
 
 __all__ = [
     "Destination",
@@ -50,16 +52,18 @@ class Destination:
         path: (parent, child key, child) from the root to the owner.
         aliases: further names of the same memory (tied weights).
         alias_places: where each alias is held, in the order of `aliases`; empty for a mapping.
+        wrapper: the DTensor whose local tensor `tensor` is, once writes are cut by what is held here.
     """
 
     name: str
-    tensor: Tensor
+    tensor: Any
     owner: nn.Module | None
     key: str
     kind: str
     path: Path = ()
     aliases: tuple[str, ...] = ()
     alias_places: tuple[Place, ...] = ()
+    wrapper: Any = None
 
     @property
     def transient(self) -> bool:
@@ -91,7 +95,7 @@ def named_destinations(
         wrong = [
             Finding(str(n), "type", type(t).__name__, "a tensor")
             for n, t in model.items()
-            if not (isinstance(n, str) and isinstance(t, Tensor))
+            if not (isinstance(n, str) and isinstance(t, (Tensor, Spread)))
         ]
         if wrong:
             raise PlanError(
@@ -135,6 +139,8 @@ def memory_key(tensor: Any) -> object:
     """
     if isinstance(tensor, Lazy):
         return tensor.location()
+    if is_sharded(tensor):
+        return spread_of(tensor).location()
     if tensor.layout is not torch.strided or tensor.is_meta or is_uninitialized(tensor):
         return id(tensor)
     try:
@@ -175,7 +181,7 @@ def layout_finding(
     ):
         return None  # nearly every tensor is like this, and there may be tens of thousands
     if isinstance(tensor, Lazy):
-        return None
+        return spread_finding(name, tensor, destination) if isinstance(tensor, Spread) else None
     if is_uninitialized(tensor):
         return Finding(
             name,

@@ -224,7 +224,7 @@ class Mean(Lazy):
 
     def __init__(self, source: Any, rows: int, dtype: torch.dtype) -> None:
         super().__init__(tuple(source.shape[1:]), dtype)
-        self._source, self._rows = source, rows
+        self.source, self._rows = source, rows
         self._taken: Tensor | None = None
 
     def read_into(self, begin: int, end: int, out: Tensor) -> None:
@@ -235,7 +235,7 @@ class Mean(Lazy):
         self._taken = None if end == self.nbytes else taken
 
     def _values(self) -> Tensor:
-        source = self._source
+        source = self.source
         wide = torch.complex128 if source.dtype.is_complex else torch.float64
         total = torch.zeros(self.shape, dtype=wide)
         step = max(1, self.CHUNK // max(1, prod(self.shape) * source.element_size()))

@@ -11,7 +11,10 @@ from .errors import Finding
 if TYPE_CHECKING:
     from .destinations import Destination
 
-__all__ = ["HookCheck"]
+__all__ = ["HookCheck", "in_place_is_fine"]
+
+# FSDP's hooks put its own record right where parameters were replaced; writing in place replaces none.
+_FSDP = "torch.distributed.fsdp._fully_shard."
 
 
 class HookCheck:
@@ -74,6 +77,15 @@ def _reason(module: nn.Module) -> str:
     return ""
 
 
+def in_place_is_fine(hook: object) -> bool:
+    """Whether a hook has nothing to do where parameters are written in place."""
+    return _home(hook).startswith(_FSDP)
+
+
 def _of_torch(function: object) -> bool:
-    home = getattr(function, "__module__", None) or type(function).__module__
-    return home.startswith(("torch.nn.modules.", "torch.nn.utils."))
+    return _home(function).startswith(("torch.nn.modules.", "torch.nn.utils.", _FSDP))
+
+
+def _home(function: object) -> str:
+    home: str = getattr(function, "__module__", None) or type(function).__module__
+    return home

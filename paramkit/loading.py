@@ -17,6 +17,9 @@ from torch.overrides import TorchFunctionMode
 from . import backend
 from .backend import checks
 from .destinations import is_uninitialized
+from .hooks import in_place_is_fine
+from .localize import local_pairs
+from .sharding import any_sharded, is_sharded
 from .sources import module_tensors
 
 __all__ = ["load_state_dict"]
@@ -29,6 +32,8 @@ def load_state_dict(
 
     Hooks, modules with a loading of their own, ties and buffers are treated as torch treats them. One
     thing differs: a parameter on the meta device is an error, where torch warns and leaves it empty.
+    And one is more: a DTensor parameter takes its shard of a tensor that the state dict has in full, without
+    communication. From a DTensor of other placements it is written as torch does it, by all ranks together.
 
     Args:
         model: the module.
@@ -77,7 +82,7 @@ def _is_standard(module: nn.Module) -> bool:
         and "_load_from_state_dict" not in vars(module)
         and type(module).set_extra_state is nn.Module.set_extra_state
         and not module._load_state_dict_pre_hooks
-        and not module._load_state_dict_post_hooks
+        and all(in_place_is_fine(hook) for hook in module._load_state_dict_post_hooks.values())
     )
 
 
@@ -93,8 +98,9 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.copy_ and id(args[0]) in self.own and len(args) == 2 and not kwargs:
             # torch collects what this raises and puts it into its own message.
-            with torch.no_grad():
-                checks.check_copy("copy_", None, args[0], args[1])
+            if not is_sharded(args[0]):
+                with torch.no_grad():
+                    checks.check_copy("copy_", None, args[0], args[1])
             self.dsts.append(args[0])
             self.srcs.append(args[1])
             return args[0]
@@ -109,8 +115,13 @@ def _load_recorded(
     with _meta_is_an_error(), recorder:
         keys = model.load_state_dict(state_dict, strict=strict)
     if recorder.dsts:
+        dsts, srcs = recorder.dsts, recorder.srcs
+        shards = any_sharded(dsts)
+        if shards:
+            torch.autograd.graph.increment_version([t for t in dsts if is_sharded(t)])
+            dsts, srcs = local_pairs(dsts, srcs)
         with torch.no_grad():
-            backend.active().foreach_copy_(recorder.dsts, recorder.srcs, False)
+            backend.active().foreach_copy_(dsts, srcs, False)
     return keys
 
 

@@ -38,10 +38,12 @@ from .judge import (
     verify_in_order,
 )
 from .lists import as_sources, resolve_lists
+from .localize import localize
 from .report import Report, Summary
 from .resolve import Resolved, plan_error, resolve
 from .rulefile import as_rules
 from .rules import Rule
+from .sharding import any_sharded, unsharded_finding
 from .sources import open_source
 from .sources.lazy import Lazy
 from .stream import STAGING_BYTES, Streamed
@@ -224,6 +226,7 @@ class Plan:
         self._ordered = False
         self._in_module = False
         self._table: Mapping[str, Any] | None = None  # destinations of a mapping that is no dict
+        self._shards: list[tuple[str, Any, Tensor]] = []  # name, DTensor, its local tensor
 
     # --- for subclasses ---
 
@@ -281,6 +284,9 @@ class Plan:
         self._in_module = any(d.owner is not None for d in destinations)
         self._inference = [d.name for d in destinations if d.tensor.is_inference()]
         self._dst_names = [d.name for d in destinations]
+        self._shards = [
+            (d.name, d.wrapper, d.tensor) for d in destinations if d.wrapper is not None
+        ]
         self._src_names = list(resolved.source_names)
         self._write_dst = [resolved.destinations[w.dst].name for w in resolved.writes]
         self._summary = summary_of(resolved, self._dst_names, compiled.families(), active.NAME)
@@ -342,6 +348,8 @@ class Plan:
         return lambda: None
 
     def _execute(self, compiled: Any, progress: Progress | None, atomic: bool) -> bool:
+        if self._shards:
+            self._bump_shards()
         if not self._follow_failures and not atomic:
             return bool(compiled.run(progress))
         model = self._target()
@@ -354,6 +362,10 @@ class Plan:
             atomic=atomic,
             apart=[d.name for d in self._allocated],
         )
+
+    def _bump_shards(self) -> None:
+        """What autograd saved is the DTensor: its version counts, beside that of its local tensor."""
+        torch.autograd.graph.increment_version([w for _, w, _ in self._shards])
 
     def _check_inference(self) -> None:
         if self._inference and not torch.is_inference_mode_enabled():
@@ -442,6 +454,7 @@ class Plan:
             compiled = self._take_checked(source)
             if self._is_stale():
                 raise self._stale()
+            self._bump_shards()
             exchange = Exchange(compiled, self._explainable(), self._exchangeable)
         except BaseException:
             self._busy.release()
@@ -458,6 +471,7 @@ class Plan:
         finally:
             stale = self._stale() if self._is_stale() else None
             try:
+                self._bump_shards()
                 lost = exchange.leave()
             finally:
                 self._exchange = None
@@ -496,7 +510,7 @@ class Plan:
         if self._exchange is not None:
             raise self._is_swapped()
         self._compiled = None
-        self._slots, self._slot_names = [], []
+        self._slots, self._slot_names, self._shards = [], [], []
 
     def set_requires_grad(self, requires_grad: bool) -> None:
         """Set `requires_grad` on every floating-point or complex parameter that this plan writes.
@@ -518,9 +532,10 @@ class Plan:
         if not isinstance(requires_grad, bool):
             raise TypeError(f"requires_grad must be True or False, got {requires_grad!r}")
         named = zip(self._dst_names, self._ready().destinations(), strict=True)
+        shards = {name: wrapper for name, wrapper, _ in self._shards}
         chosen = {
             name: tensor
-            for name, tensor in named
+            for name, tensor in ((name, shards.get(name, local)) for name, local in named)
             if (isinstance(tensor, nn.Parameter) or not self._in_module)
             and (tensor.is_floating_point() or tensor.is_complex())
         }
@@ -570,11 +585,20 @@ class Plan:
         )
 
     def _replaced_in_table(self) -> list[str]:
-        """Names of a mapping that is no dict whose value is another one now; dicts the backend watches."""
+        """Names of what is another object now where the backend cannot see it.
+
+        Values of a mapping that is no dict, and the local tensors of DTensors.
+        """
+        gone: list[str] = []
+        if self._shards:
+            gone = [n for n, wrapper, local in self._shards if wrapper._local_tensor is not local]
         if self._table is None:
-            return []
+            return gone
+        seen = {name: wrapper for name, wrapper, _ in self._shards}
         held = zip(self._dst_names, self._compiled.destinations(), strict=True)
-        return [name for name, tensor in held if self._table.get(name) is not tensor]
+        return gone + [
+            name for name, tensor in held if self._table.get(name) is not seen.get(name, tensor)
+        ]
 
     def _stale(self) -> PlanError:
         dsts, srcs = self._compiled.moved()
@@ -634,6 +658,7 @@ class ModelPlan(Plan):
         self._options = options
         self._source: Mapping[str, Any] | None = None
         self._in_memory = True
+        self._in_parts = False
         self._unread: list[str] = []  # names of the source
         self._resolved = Resolved()
         self._build(source)
@@ -665,7 +690,10 @@ class ModelPlan(Plan):
     def _build_from(self, tensors: Mapping[str, Any], own: bool) -> None:
         self._check_alive()
         model = self._model()
-        resolved = resolve(model, tensors, **self._options.resolving())
+        gathered = unsharded_finding(model)
+        if gathered is not None:
+            raise plan_error([gathered])
+        resolved = localize(resolve(model, tensors, **self._options.resolving()))
         made = self._allocate(resolved)
         self._compile(
             resolved,
@@ -678,6 +706,7 @@ class ModelPlan(Plan):
             d.owner, d.path, d.alias_places = None, (), ()
         resolved.source_tensors = []
         self._source, self._in_memory, self._resolved = tensors, own, resolved
+        self._in_parts = any_sharded(tensors.values())
         read = set(self._src_names)
         self._unread = [name for name in tensors if name not in read]
 
@@ -723,7 +752,9 @@ class ModelPlan(Plan):
         plain = type(source) in (dict, OrderedDict)
         tensors, own = (dict(source), True) if plain else self._open(source)
         assert self._source is not None
-        if tensors.keys() == self._source.keys() and self._unread_alike(tensors):
+        # Of tensors in parts, what is held where may have changed.
+        in_parts = self._in_parts or any_sharded(tensors.values())
+        if not in_parts and tensors.keys() == self._source.keys() and self._unread_alike(tensors):
             read, names = tensors, self._src_names
             if self._resolved.made:
                 # A number that a rule fills with is bound again as it is, under a name that no tensor has.

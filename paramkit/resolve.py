@@ -27,6 +27,7 @@ from .patterns import Mismatch, View, Views, compile_side, parse
 from .patterns import compile as compile_pattern
 from .proof import Part, Proof
 from .rules import Rule, rule_list
+from .sharding import is_sharded, spread_of
 from .sources import open_source
 from .stacking import axis_size, bound_pins, unknown_size
 from .templates import Bindings, NameFilter, Template, TemplateIndex, one_sided
@@ -195,6 +196,9 @@ class Resolver:
         self.hooks = HookCheck(hooks)
         self.device = device
         self.destinations = destinations_of(model, transient=True)
+        for d in self.destinations:
+            if is_sharded(d.tensor):
+                d.tensor = spread_of(d.tensor)
         self.dst_index = {
             name: k for k, d in enumerate(self.destinations) for name in (d.name, *d.aliases)
         }
@@ -317,6 +321,8 @@ class Resolver:
         """Take one tensor of the source: its writes are appended to `writes`, its problems to `findings`."""
         s = len(self.src_names)
         self.src_names.append(name)
+        if is_sharded(tensor):
+            tensor = spread_of(tensor)
         self.src_tensors.append(tensor)
         for k, bindings in self._index.match(name):
             self._hits[k] += 1

@@ -24,8 +24,11 @@ from .destinations import Destination, destinations_of, layout_finding, named_de
 from .errors import Finding, PlanError, UnknownNameError, suggest
 from .fills import beside
 from .lists import NUMBERS
+from .localize import localize
 from .plan import Plan
 from .resolve import Resolved, Write
+from .sharding import is_sharded, spread_of
+from .sources.spread import Spread
 
 __all__ = ["Handle", "Writes", "writes"]
 
@@ -324,7 +327,7 @@ class _WritesPlan(Plan):
         model = self._model()
         if model is None:
             raise PlanError("the model of this plan no longer exists.")
-        resolved = _resolve_recorded(destinations_of(model), self._recorded)
+        resolved = localize(_resolve_recorded(destinations_of(model), self._recorded))
         self._compile(
             resolved, overlap=self._overlap, table=None if isinstance(model, nn.Module) else model
         )
@@ -357,7 +360,10 @@ def _resolve_recorded(destinations: list[Destination], recorded: tuple[_Recorded
         if r.name not in index:
             findings.append(Finding(r.name, "missing", "", "a tensor of the model"))
             continue
-        dst = destinations[index[r.name]].tensor
+        d = destinations[index[r.name]]
+        if is_sharded(d.tensor):
+            d.tensor = spread_of(d.tensor)
+        dst = d.tensor
         finding = layout_finding(r.name, dst, True) or layout_finding(
             f"the value of {r.text}", r.value, False
         )
@@ -365,13 +371,15 @@ def _resolve_recorded(destinations: list[Destination], recorded: tuple[_Recorded
             findings.append(finding)
             continue
         try:
-            view = dst.detach()[r.index]
+            whole = _whole_of(dst)
+            view = whole[r.index]
         except (IndexError, TypeError, ValueError, RuntimeError) as error:
             findings.append(
                 Finding(r.text, "index", str(error), f"an index into shape {tuple(dst.shape)}")
             )
             continue
-        value = _without_leading_ones(r.value.detach(), view.dim())
+        given = spread_of(r.value) if is_sharded(r.value) else r.value.detach()
+        value = _without_leading_ones(_whole_of(given), view.dim())
         if checks.broadcast_error(view.shape, value.shape):
             findings.append(
                 Finding(
@@ -383,7 +391,7 @@ def _resolve_recorded(destinations: list[Destination], recorded: tuple[_Recorded
             )
             continue
         source = value.expand(view.shape)
-        offset = view.storage_offset() - dst.storage_offset()
+        offset = view.storage_offset() - whole.storage_offset()
         resolved.writes.append(
             Write(
                 index[r.name],
@@ -397,7 +405,7 @@ def _resolve_recorded(destinations: list[Destination], recorded: tuple[_Recorded
             )
         )
         resolved.source_names.append(f"value of {r.text}")
-        resolved.source_tensors.append(r.value)
+        resolved.source_tensors.append(given if isinstance(given, Spread) else r.value)
     if findings:
         n = len(findings)
         raise PlanError(
@@ -405,6 +413,14 @@ def _resolve_recorded(destinations: list[Destination], recorded: tuple[_Recorded
             findings,
         )
     return resolved
+
+
+def _whole_of(dst: Any) -> Tensor:
+    """A destination to take views of: of a tensor in parts the whole, without memory."""
+    if isinstance(dst, Spread):
+        return torch.empty(dst.shape, dtype=dst.dtype, device="meta")
+    whole: Tensor = dst.detach()
+    return whole
 
 
 def _without_leading_ones(value: Tensor, rank: int) -> Tensor:

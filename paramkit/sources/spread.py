@@ -89,6 +89,11 @@ class Spread(Lazy):
 
     is_meta = False
 
+    @property
+    def is_cuda(self) -> bool:
+        """Whether the parts are on a GPU."""
+        return self.device.type == "cuda"
+
     def location(self) -> Hashable:
         return (id(self),) if self._key is None else self._key
 
