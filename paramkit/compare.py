@@ -20,6 +20,7 @@ from .resolve import resolve
 from .rules import Rule
 from .shapes import infer_destinations
 from .sources import Lazy, Stored
+from .sources.dcp import Chunk, Chunked
 from .sources.lazy import contiguous_strides, in_a_row
 
 __all__ = ["STATUSES", "Compared", "compare"]
@@ -125,7 +126,8 @@ def compare(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, about complex halves and the like
         found = list(_Comparison(made, b, atol, progress).run())
-    stored = (t for tensors in (a, b) for t in tensors.values() if isinstance(t, Stored))
+    every = [t for tensors in (a, b) for t in tensors.values()]
+    stored = [t for t in every if isinstance(t, (Stored, Chunk, Chunked))]
     for file in {id(t.file): t.file for t in stored}.values():
         file.check()  # what was read must be one state of the file
     return found

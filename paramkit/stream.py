@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .pieces import cut, span, view_of
 from .resolve import Write
+from .sources.dcp import Asked, Checkpoint, Chunk, Chunked
 from .sources.lazy import Lazy, Stored, StoredFile, in_a_row
 
 __all__ = ["STAGING_BYTES", "Streamed"]
@@ -306,16 +307,16 @@ class Streamed:
         Raises:
             SourceError: a file was changed or cut since it was opened, or cannot be read.
         """
-        files = list({id(f): f for f in self._files()}.values())
+        files: list[StoredFile | Checkpoint] = list({id(f): f for f in self._files()}.values())
         for file in files:
             file.check()
         yield from self._prefetched(writing)
         for file in files:
             file.check()
 
-    def _files(self) -> Iterator[StoredFile]:
+    def _files(self) -> Iterator[StoredFile | Checkpoint]:
         for source in self._srcs:
-            if isinstance(source, Stored):
+            if isinstance(source, (Stored, Chunk, Chunked)):
                 yield source.file
 
     def _prefetched(self, writing: bool) -> Iterator[Step]:
@@ -340,13 +341,19 @@ class Streamed:
     def _load(self, step: Step) -> None:
         half = self._staging[step.half :]
         asked = []
+        chunks: dict[Checkpoint, list[Asked]] = {}
         for read in step.reads:
             out = half[read.at : read.at + read.end - read.begin]
             if isinstance(read.source, Stored):
                 asked.append((read.source.file, read.source.offset + read.begin, out))
+            elif isinstance(read.source, Chunk):
+                wanted = chunks.setdefault(read.source.file, [])
+                wanted.append((read.source, read.begin, read.end, out))
             else:
                 read.source.read_into(read.begin, read.end, out)
         _read_all(asked)
+        for checkpoint, wanted in chunks.items():
+            checkpoint.read_many(wanted)
 
 
 def _read_all(asked: Sequence[tuple[StoredFile, int, Tensor]]) -> None:

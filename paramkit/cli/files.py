@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..sources import Stored, StoredFile
+from ..sources.dcp import Checkpoint, Chunk, Chunked, is_checkpoint
 from ..sources.index import choose
 from ..sources.safetensors_file import read_header
 
-__all__ = ["files_of", "metadata_of", "stored_files"]
+__all__ = ["checkpoints", "files_of", "metadata_of", "stored_files"]
 
 
 def stored_files(tensors: Mapping[str, Any]) -> list[StoredFile]:
@@ -22,6 +23,12 @@ def stored_files(tensors: Mapping[str, Any]) -> list[StoredFile]:
     return list(found.values())
 
 
+def checkpoints(tensors: Mapping[str, Any]) -> list[Checkpoint]:
+    """The checkpoints of `torch.distributed.checkpoint` that tensors are of, each once."""
+    found = (t.file for t in tensors.values() if isinstance(t, (Chunk, Chunked)))
+    return list(dict.fromkeys(found))
+
+
 def files_of(path: Path, tensors: Mapping[str, Any]) -> list[Path]:
     """Every file that a source was read from.
 
@@ -30,6 +37,9 @@ def files_of(path: Path, tensors: Mapping[str, Any]) -> list[Path]:
         tensors: what was in it.
     """
     found = [file.path for file in stored_files(tensors)]
+    found += [own for checkpoint in checkpoints(tensors) for own in checkpoint.paths]
+    if found and path.is_dir() and is_checkpoint(path):
+        return found
     chosen = choose(path) if path.is_dir() else path
     found += chosen if isinstance(chosen, list) else [chosen]
     return list(dict.fromkeys(found))

@@ -12,7 +12,7 @@ from ..destinations import memory_key
 from ..errors import dtype_text, fold_names, split_numbers
 from ..explain import bytes_text
 from ..sources import Stored, open_source
-from .files import files_of, metadata_of, stored_files
+from .files import checkpoints, files_of, metadata_of, stored_files
 from .odd import Odd, odd_things
 from .options import add_json, parser
 from .text import columns, counted, say, say_json
@@ -33,7 +33,8 @@ def add(commands: Any) -> None:
         "source",
         metavar="FILE",
         type=Path,
-        help="a .safetensors file, a checkpoint of torch.save, an index, or a folder of these",
+        help="a .safetensors file, a checkpoint of torch.save, an index, or a folder: of these, or of "
+        "torch.distributed.checkpoint",
     )
     add_json(command)
     command.set_defaults(run=run)
@@ -135,6 +136,8 @@ def contents(path: Path) -> Contents:
         if isinstance(tensor, Stored):
             counts[tensor.file.identity] = counts.get(tensor.file.identity, 0) + 1
     files = [(f.path, f.size, counts[f.identity]) for f in stored_files(tensors)]
+    for checkpoint in checkpoints(tensors):
+        files += checkpoint.data_files()
     if not files:  # of a format that is read into memory
         paths = [p for p in files_of(path, tensors) if not p.name.endswith(".json")]
         files = [(p, p.stat().st_size, len(tensors)) for p in paths] if len(paths) == 1 else []

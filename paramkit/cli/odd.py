@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import Numbers, dtype_text, fold_names, join_numbers, split_numbers
 from ..sources import Stored
+from .files import checkpoints
 from .text import counted
 
 __all__ = ["Odd", "odd_things"]
@@ -28,7 +29,7 @@ class Odd:
     """Something odd.
 
     Attributes:
-        kind: "empty", "dtypes", "shapes", "gap", "offset", "overlap", "strides", "name", "wrapper".
+        kind: "empty", "dtypes", "shapes", "gap", "offset", "overlap", "strides", "name", "wrapper", "other".
         text: one line.
         names: the tensors.
         hint: what to do about it.
@@ -55,6 +56,7 @@ def odd_things(tensors: Mapping[str, Any]) -> list[Odd]:
         *_misplaced(tensors),
         *_names(tensors),
         *_wrappers(tensors),
+        *_others(tensors),
     ]
 
 
@@ -208,6 +210,15 @@ def _names(tensors: Mapping[str, Any]) -> Iterator[Odd]:
     if names:
         text = f"{counted(len(names), 'name')} with an empty component"
         yield Odd("name", f"{text}: {_some(names)}", names)
+
+
+def _others(tensors: Mapping[str, Any]) -> Iterator[Odd]:
+    """Entries of a checkpoint of torch.distributed.checkpoint that are no tensors."""
+    for checkpoint in checkpoints(tensors):
+        names = checkpoint.others
+        if names:
+            text = f"{len(names):,} beside the tensors, no tensor: {_some(names)}"
+            yield Odd("other", text, names, "left out wherever the checkpoint is read")
 
 
 def _wrappers(tensors: Mapping[str, Any]) -> Iterator[Odd]:

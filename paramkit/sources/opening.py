@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 
 from ..errors import Finding, SourceError, suggest
-from . import index, pickled, safetensors_file
+from . import dcp, index, pickled, safetensors_file
 from .faults import PICKLES, one_fault, type_text
 from .mapping import open_mapping
 from .module import module_tensors
@@ -28,7 +28,8 @@ __all__ = ["open_source"]
 
 _TAKEN = (
     "an nn.Module, a mapping from names to tensors, the path of a .safetensors file, "
-    "of a checkpoint of torch.save, of an index or of a folder, or a list of paths"
+    "of a checkpoint of torch.save, of an index or of a folder (of files, or a checkpoint of "
+    "torch.distributed.checkpoint), or a list of paths"
 )
 _INDEX = ".index.json"
 
@@ -51,12 +52,19 @@ def open_source(
               of torch.save, which is read with `weights_only=True` and in no other way;
             - the path of an index (`*.index.json`), or of a folder: its index, or else its `.safetensors`
               files, or else its checkpoints of torch.save;
+            - the path of a folder that `torch.distributed.checkpoint` (DCP) wrote, saved on any number of
+              ranks in any sharding, or a `StorageReader` of DCP. Its tensors are whole ones; names of nested
+              entries are joined by dots, and entries that are no tensors are left out: of
+              `{"model": .., "optim": .., "step": 3}` the model is taken by
+              `[Rule("model.{*p}", "{*p}"), Rule("optim.{*p}", None)]`;
             - a list of such paths, with names that differ.
         mmap: True: tensors of a file are views of the memory-mapped file. For a file on a local disk that
             nobody changes: where it is truncated meanwhile, the process dies by SIGBUS.
             False: they are `Stored`, and their bytes are read when they are asked for. The exceptions are
             in-memory tensors: files of torch.save in the format before 1.6, of another byte order, or
             with tensors that are not plainly strided.
+            A checkpoint of DCP cannot be mapped: its tensors are `Lazy` either way. DCP loads whole chunks (what one
+            rank saved of a tensor), so that memory is bounded by `staging` and the chunks of one tensor.
 
     Returns:
         name -> tensor on the CPU (a module's or mapping's: wherever it is), in the source's order. No data
@@ -94,6 +102,8 @@ def open_source(
             )
         if all(isinstance(s, (str, os.PathLike)) for s in source):
             return open_files([Path(s) for s in source], open_one)
+    if dcp.is_reader(source):
+        return dcp.open_checkpoint(source)
     raise one_fault(
         "the source cannot be read.", "source", "type", got=type_text(source), expected=_TAKEN
     )
@@ -134,6 +144,8 @@ def _open_path(path: Path, mmap: bool) -> dict[str, Tensor | Lazy]:
     def open_one(path: Path) -> dict[str, Tensor | Lazy]:
         return _open_path(path, mmap)
 
+    if is_folder and dcp.is_checkpoint(path):
+        return dcp.open_checkpoint(path)
     if is_folder:
         found = index.choose(path)
         if isinstance(found, list):
