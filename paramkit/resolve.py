@@ -117,6 +117,7 @@ def resolve(
     casting: str = "same_kind",
     hooks: str = "refuse",
     device: torch.device | None = None,
+    destinations: list[Destination] | None = None,
 ) -> Resolved:
     """Work out every write of a transplant and prove that the set is right.
 
@@ -130,6 +131,7 @@ def resolve(
         casting: which conversions are allowed, as in `paramkit.plan`.
         hooks: "refuse" or "ignore" modules with a way of their own to load a state dict.
         device: where destinations on the meta device will be allocated; None refuses them.
+        destinations: those of the model, where they are known already.
 
     Returns:
         The writes. Each destination element is written once or kept on purpose, each source element is
@@ -149,7 +151,15 @@ def resolve(
         [0, 16, 32, 0]
     """
     resolver = Resolver(
-        model, rules, identity, allow_missing, allow_unexpected, casting, hooks, device
+        model,
+        rules,
+        identity,
+        allow_missing,
+        allow_unexpected,
+        casting,
+        hooks,
+        device,
+        destinations=destinations,
     )
     for name, tensor in open_source(source).items():
         resolver.add(name, tensor)
@@ -188,6 +198,7 @@ class Resolver:
         device: torch.device | None = None,
         *,
         streaming: bool = False,
+        destinations: list[Destination] | None = None,
     ) -> None:
         self.rules = rule_list(rules)
         self.identity, self.casting, self.streaming = identity, casting, streaming
@@ -195,7 +206,9 @@ class Resolver:
         self.may_remain = NameFilter(allow_unexpected, "allow_unexpected")
         self.hooks = HookCheck(hooks)
         self.device = device
-        self.destinations = destinations_of(model, transient=True)
+        if destinations is None:
+            destinations = destinations_of(model, transient=True)
+        self.destinations = destinations
         for d in self.destinations:
             if is_sharded(d.tensor):
                 d.tensor = spread_of(d.tensor)
