@@ -243,8 +243,10 @@ def placed(side: Side, strides: Sequence[int]) -> tuple[tuple[int, ...], int]:
     >>> placed(Side((1, 0), (1, 2), (0, 3)), (10, 1))
     ((1, 20), 3)
     """
-    steps = tuple(step * strides[axis] for axis, step in zip(side.axes, side.steps, strict=True))
-    return steps, sum(index * stride for index, stride in zip(side.base, strides, strict=True))
+    axes, steps, base = side
+    # Lists: this runs for every piece of every tensor, and generators take twice as long.
+    found = tuple([step * strides[axis] for axis, step in zip(axes, steps)])
+    return found, sum([index * stride for index, stride in zip(base, strides)])
 
 
 def halved(box: Box, limit: int) -> Iterator[Box]:

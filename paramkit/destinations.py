@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .backend.checks import has_no_memory
 from .errors import Finding, PlanError
-from .sharding import is_sharded, spread_finding, spread_of
+from .sharding import is_sharded, sharded_key, spread_finding
 from .sources import module_tensors
 from .sources.lazy import Lazy
 from .sources.spread import Spread
@@ -140,7 +140,7 @@ def memory_key(tensor: Any) -> object:
     if isinstance(tensor, Lazy):
         return tensor.location()
     if is_sharded(tensor):
-        return spread_of(tensor).location()
+        return sharded_key(tensor)
     if tensor.layout is not torch.strided or tensor.is_meta or is_uninitialized(tensor):
         return id(tensor)
     try:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Hashable, Iterable, Sequence
 from functools import lru_cache
-from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -17,6 +16,8 @@ __all__ = [
     "any_sharded",
     "axes_at",
     "is_sharded",
+    "place_of",
+    "sharded_key",
     "split_of",
     "spread_finding",
     "spread_of",
@@ -122,30 +123,69 @@ def _segments(runs: Sequence[tuple[int, int]]) -> tuple[Segment, ...]:
     return tuple(out)
 
 
-def spread_of(tensor: Any) -> Spread:
-    """A DTensor as a tensor in parts: the part of this rank, if it has one."""
-    local, mesh = tensor._local_tensor, tensor.device_mesh
-    parts: list[SpreadPart] = []
-    coordinate = mesh.get_coordinate()
-    shape = tuple(tensor.shape)
+class _Place(NamedTuple):
+    """What DTensors of one shape, mesh and placements have in common on this rank.
+
+    Attributes:
+        mesh: kept, so that its number is nobody else's.
+        splits: None where a placement is neither a shard nor a replica.
+        axes: of this rank's part, None where it has none.
+        shape: of the part.
+        text: of shape and placements.
+    """
+
+    mesh: Any
+    splits: tuple[Split, ...] | None
+    axes: Axes | None
+    shape: tuple[int, ...]
+    text: tuple[Any, ...]
+
+
+_places: dict[tuple[Any, ...], _Place] = {}
+
+
+def place_of(tensor: Any) -> _Place:
+    """Where a DTensor's shard of this rank lies. Models repeat shapes, so nearly all are known."""
+    spec = tensor._spec
+    key = (id(spec.mesh), spec.placements, tensor.shape)
+    found = _places.get(key)
+    if found is None:
+        if len(_places) > 1 << 14:
+            _places.clear()
+        found = _places[key] = _placed(tensor)
+    return found
+
+
+def _placed(tensor: Any) -> _Place:
+    mesh, shape = tensor.device_mesh, tuple(tensor.shape)
+    text = (shape, str(tensor.placements))
     try:
         splits = tuple(split_of(p) for p in tensor.placements)
     except ValueError:
-        splits = None  # spread_finding says so
-    if coordinate is not None and splits is not None:
-        axes = axes_at(shape, tuple(mesh.shape), tuple(coordinate), splits)
-        parts.append(SpreadPart(axes, local))
-    return Spread(shape, tensor.dtype, parts, _key(tensor, local), local.device, tensor)
+        return _Place(mesh, None, None, (), text)
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return _Place(mesh, splits, None, (), text)
+    axes = axes_at(shape, tuple(mesh.shape), tuple(coordinate), splits)
+    return _Place(mesh, splits, axes, SpreadPart(axes, None).shape, text)
 
 
-def _key(tensor: Any, local: Any) -> Hashable:
+def spread_of(tensor: Any) -> Spread:
+    """A DTensor as a tensor in parts: the part of this rank, if it has one."""
+    local, place = tensor._local_tensor, place_of(tensor)
+    parts = () if place.axes is None else (SpreadPart(place.axes, local),)
+    return Spread(tensor.shape, tensor.dtype, parts, sharded_key(tensor), local.device, tensor)
+
+
+def sharded_key(tensor: Any) -> Hashable:
+    """Equal for DTensors of one memory: a state dict detaches, so tied weights are two objects in it."""
     from .destinations import memory_key
 
-    # Two DTensors may be one memory: a state dict detaches, so tied weights are two objects in it.
+    local = tensor._local_tensor
     own = memory_key(local)
-    if own == id(local) or prod(tensor.shape) == 0:
+    if own == id(local):
         return (id(tensor),)
-    return ("shard", own, tuple(tensor.shape), str(tensor.placements))
+    return ("shard", own, place_of(tensor).text)
 
 
 def spread_finding(name: str, spread: Spread, destination: bool) -> Finding | None:
@@ -155,17 +195,15 @@ def spread_finding(name: str, spread: Spread, destination: bool) -> Finding | No
     tensor = spread.wrapper
     if tensor is None:
         return None
-    for placement in tensor.placements:
-        try:
-            split_of(placement)
-        except ValueError:
-            return Finding(
-                name,
-                "layout",
-                f"a DTensor with placement {placement}, whose values are not known yet",
-                "placements Shard or Replicate",
-                "redistribute() it first",
-            )
+    place = place_of(tensor)
+    if place.splits is None:
+        return Finding(
+            name,
+            "layout",
+            f"a DTensor with placements {tensor.placements}, whose values are not known yet",
+            "placements Shard or Replicate",
+            "redistribute() it first",
+        )
     local = tensor._local_tensor
     if local.is_meta:
         what = "destination" if destination else "source"
@@ -176,13 +214,13 @@ def spread_finding(name: str, spread: Spread, destination: bool) -> Finding | No
             "shards with memory",
             "module.to_empty(device=...) gives a sharded module memory",
         )
-    for part in spread.parts:
-        if tuple(local.shape) != part.shape:
+    if spread.parts:
+        if local.shape != place.shape:
             return Finding(
                 name,
                 "layout",
                 f"a local tensor of {tuple(local.shape)}",
-                f"{part.shape}, the shard that {tensor.placements} gives this rank",
+                f"{place.shape}, the shard that {tensor.placements} gives this rank",
                 "make the DTensor with distribute_tensor or fully_shard",
             )
     return layout_finding(name, local, destination)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..destinations import Destination, destinations_of, layout_finding, memory_key
 from ..errors import Finding, PlanError, dtype_text
-from ..sharding import Axes, Split, axes_at, is_sharded, split_of, spread_finding, spread_of
+from ..sharding import Axes, Split, axes_at, is_sharded, place_of, spread_finding, spread_of
 from ..sources.spread import Spread, SpreadPart, whole_axes
 
 __all__ = [
@@ -130,6 +130,7 @@ class Tensors:
     description: Description
     local: list[Any] = field(default_factory=list)
     destinations: list[Destination] = field(default_factory=list)
+    spreads: list[Spread | None] = field(default_factory=list)
 
 
 def describe_model(
@@ -187,24 +188,36 @@ def _described(
 ) -> Tensors:
     place = {r: k for k, r in enumerate(ranks)}
     layouts: dict[Hashable, int] = {}
+    spreads: list[Spread | None] = []
     findings: list[Finding] = []
     held: list[int] = []
     first: dict[object, int] = {}
     same: list[int] = []
-    meshes: dict[int, tuple[tuple[int, ...], tuple[int, ...] | None]] = {}
+    known: dict[tuple[int, tuple[Split, ...] | None], int] = {}
     for k, d in enumerate(listed):
         tensor = d.tensor
-        same.append(first.setdefault(memory_key(tensor), k))
-        if is_sharded(tensor):
-            spread = spread_of(tensor)
-            finding = spread_finding(d.name, spread, destination)
-            mesh = meshes.get(id(tensor.device_mesh))
-            if mesh is None:
-                members = tensor.device_mesh.mesh.flatten().tolist()
-                inside = all(r in place for r in members)
-                own = tuple(place[r] for r in members) if inside else None
-                mesh = meshes[id(tensor.device_mesh)] = (tuple(tensor.device_mesh.shape), own)
-            if finding is None and mesh[1] is None:
+        # Destinations are one for each memory already.
+        same.append(k if destination else first.setdefault(memory_key(tensor), k))
+        if not is_sharded(tensor):
+            meta = isinstance(tensor, Tensor) and tensor.is_meta and d.owner is None and destination
+            finding = None if meta else layout_finding(d.name, tensor, destination)
+            if finding is not None:
+                findings.append(finding)
+            held.append(layouts.setdefault(Held((1,), (rank,), (None,)), len(layouts)))
+            spreads.append(None)
+            continue
+        spread, at = spread_of(tensor), place_of(tensor)
+        spreads.append(spread)
+        finding = spread_finding(d.name, spread, destination)
+        number = known.get((id(at.mesh), at.splits))
+        if finding is None and number is None:
+            assert at.splits is not None
+            members = at.mesh.mesh.flatten().tolist()
+            if all(r in place for r in members):
+                layout = Held(tuple(at.mesh.shape), tuple(place[r] for r in members), at.splits)
+                number = layouts.setdefault(layout, len(layouts))
+                known[id(at.mesh), at.splits] = number
+            else:
                 finding = Finding(
                     d.name,
                     "device",
@@ -212,19 +225,9 @@ def _described(
                     "ranks of the group alone",
                     "pass a group that holds all of them",
                 )
-            if finding is not None:
-                findings.append(finding)
-                held.append(-1)
-                continue
-            assert mesh[1] is not None
-            layout = Held(mesh[0], mesh[1], tuple(map(split_of, tensor.placements)))
-        else:
-            meta = isinstance(tensor, Tensor) and tensor.is_meta and d.owner is None and destination
-            finding = None if meta else layout_finding(d.name, tensor, destination)
-            if finding is not None:
-                findings.append(finding)
-            layout = Held((1,), (rank,), (None,))
-        held.append(layouts.setdefault(layout, len(layouts)))
+        if finding is not None:
+            findings.append(finding)
+        held.append(-1 if number is None else number)
     if findings:
         n = len(findings)
         what = "model" if destination else "source"
@@ -243,7 +246,7 @@ def _described(
         tuple(held),
         tuple(layouts),  # type: ignore[arg-type]
     )
-    return Tensors(description, [d.tensor for d in listed], list(listed))
+    return Tensors(description, [d.tensor for d in listed], list(listed), spreads)
 
 
 def spreads(description: Description, own: Tensors | None, what: str) -> list[Spread]:
@@ -254,8 +257,9 @@ def spreads(description: Description, own: Tensors | None, what: str) -> list[Sp
         local = None if own is None else own.local[k]
         if local is None or (isinstance(local, Tensor) and local.is_meta):
             out.append(Spread(shape, dtype, (), key))
-        elif is_sharded(local):
-            found = spread_of(local)
+        elif own is not None and own.spreads[k] is not None:
+            found = own.spreads[k]
+            assert found is not None
             out.append(Spread(shape, dtype, found.parts, key, found.device, local))
         else:
             part = SpreadPart(whole_axes(shape), local)

@@ -85,8 +85,10 @@ def messages(stream: Stream, dtypes: Sequence[torch.dtype], capacity: int) -> It
     at = 0
     for write, box in stream.pieces:
         dtype = dtypes[write]
-        for piece in halved(box, max(1, capacity // dtype.itemsize)):
-            size = elements(piece) * dtype.itemsize
+        width = dtype.itemsize
+        whole = elements(box) * width
+        for piece in (box,) if whole <= capacity else halved(box, capacity // width):
+            size = whole if piece is box else elements(piece) * width
             if parts and at + size > capacity:
                 yield Message(tuple(parts), at)
                 parts, at = [], 0
@@ -166,6 +168,8 @@ class Traffic:
         local: list[Tensor] = []
         local_of: dict[int, int] = {}
         writes = []
+        # Boxes are shared by tensors of equal shapes and layouts.
+        known: dict[tuple[int, tuple[int, ...]], tuple[Any, ...]] = {}
         for number, (_, buffer, message) in enumerate(found):
             payload = buffer[self.payload_at(message) :]
             for (write, box), dtype, at in message.parts:
@@ -179,13 +183,17 @@ class Traffic:
                 if mine is None:
                     mine = local_of[id(tensor)] = len(local)
                     local.append(tensor)
-                side = box.second if packs else box.first
-                here = placed(side, tensor.stride())
-                there = contiguous_strides(box.sizes), at // dtype.itemsize
+                key = (id(box), tensor.stride())
+                found_ = known.get(key)
+                if found_ is None:
+                    side = box.second if packs else box.first
+                    row = contiguous_strides(box.sizes)
+                    found_ = known[key] = (box.sizes, row, *placed(side, key[1]))
+                sizes, row, steps, offset = found_
                 if packs:
-                    writes.append((stage, mine, box.sizes, *there, *here))
+                    writes.append((stage, mine, sizes, row, at // dtype.itemsize, steps, offset))
                 else:
-                    writes.append((mine, stage, box.sizes, *here, *there))
+                    writes.append((mine, stage, sizes, steps, offset, row, at // dtype.itemsize))
         pair = (staged, local) if packs else (local, staged)
         return active.Plan(*pair, writes, [], False, False)
 

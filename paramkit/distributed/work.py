@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from operator import attrgetter, is_
@@ -15,16 +17,15 @@ from .. import backend
 from ..before import tie_findings
 from ..boxes import placed
 from ..casting import may_overflow, overflow_finding, overflows
-from ..conflicts import find_conflicts
 from ..destinations import Destination
 from ..errors import Finding, PlanError, dtype_text
 from ..fills import Constant, Mean
-from ..judge import conflict_finding, slots_of
+from ..judge import slots_of
 from ..localize import localize
 from ..pieces import view_of
 from ..plan import Options
 from ..report import Cast, Summary
-from ..resolve import Resolved, Tie, Write, plan_error, resolve
+from ..resolve import Tie, Write, plan_error, resolve
 from ..sharding import unsharded_finding
 from ..sources.lazy import Lazy
 from ..sources.spread import Spread
@@ -123,6 +124,13 @@ class Work:
     def __init__(self, talk: Talk, want: Want, doing: str) -> None:
         self.talk, self.want = talk, want
         self.torn: Torn | None = None
+        with paused_collection():
+            self._compile(doing)
+
+    # -- compiling --
+
+    def _compile(self, doing: str) -> None:
+        talk, want = self.talk, self.want
         self.common, self.dst, self.src = agree_on(
             talk, lambda: _describe(talk, want), want.settings(), doing, want.stream
         )
@@ -130,8 +138,6 @@ class Work:
         most = max(n for (n,) in talk.numbers([degree(self.routes.streams, talk.rank)]))
         self.capacity = self._capacity(most)
         talk.together(doing, self._build)
-
-    # -- compiling --
 
     def _resolve(self) -> None:
         common, options = self.common, self.want.options
@@ -302,71 +308,37 @@ class Work:
         """No element is written twice, and nothing that is read or sent is written."""
         if self.talk.rank in self.common.streams:
             return  # the bucket is memory of its own, used again and again
-        resolved = self.resolved
-        received = [
-            p for s in self.routes.streams if self.talk.rank in s.receivers for p in s.pieces
-        ]
-        check = Resolved()
-        places: dict[int, int] = {}
-
-        def destination(i: int) -> int:
-            d = resolved.writes[i].dst
-            if d not in places:
-                places[d] = len(check.destinations)
-                one = replace(resolved.destinations[d], tensor=self._dst_tensors[d])
-                check.destinations.append(one)
-            return places[d]
-
-        for pieces, here in ((self.routes.here, True), (received, False)):
-            for i, box in pieces:
-                source = (
-                    self.own.src[i] if here else resolved.source_tensors[resolved.writes[i].src]
-                )
-                to = placed(box.first, self.own.dst[i].stride())
-                steps, offset = (
-                    placed(box.second, source.stride()) if here else ((0,) * len(box.sizes), 0)
-                )
-                check.writes.append(
-                    Write(destination(i), len(check.source_tensors), box.sizes, *to, steps, offset)
-                )
-                check.source_names.append(resolved.source_names[resolved.writes[i].src])
-                check.source_tensors.append(source)
-        findings = [
-            conflict_finding(check, c.kind, c.first, c.second) for c in find_conflicts(check)
-        ]
-        findings += self._sent_and_written(check)
-        if findings:
-            raise plan_error(findings)
-
-    def _sent_and_written(self, check: Resolved) -> list[Finding]:
-        sent = {
-            i: None for s in self.routes.streams if s.sender == self.talk.rank for i, _ in s.pieces
-        }
-        spans = [(*_span(d.tensor), True, d.name) for d in check.destinations]
+        written = {w.dst for w in self.resolved.writes}
+        spans: list[tuple[int, int, bool, str]] = []
+        for k, d in enumerate(self.resolved.destinations):
+            if k in written and self._dst_tensors[k] is not None:
+                spans.append((*_span(self._dst_tensors[k]), True, d.name))
         seen: set[int] = set()
-        for i in sent:
-            tensor = self.own.src[i]
-            if id(tensor) not in seen:
+        for i, tensor in enumerate(self.own.src):
+            if isinstance(tensor, Tensor) and id(tensor) not in seen:
                 seen.add(id(tensor))
                 name = self.resolved.source_names[self.resolved.writes[i].src]
                 spans.append((*_span(tensor), False, name))
-        out = []
+        findings = []
+        # That the writes of one tensor do not meet is proved; here tensors must not.
         reach: dict[bool, tuple[int, str]] = {True: (0, ""), False: (0, "")}
-        for begin, end, written, name in sorted(s for s in spans if s[0] < s[1]):
-            other = reach[not written]
-            if begin < other[0]:
-                pair = (name, other[1]) if written else (other[1], name)
-                out.append(
+        for begin, end, is_dst, name in sorted(s for s in spans if s[0] < s[1]):
+            for other in (True, False) if is_dst else (True,):
+                if begin >= reach[other][0]:
+                    continue
+                pair = (name, reach[other][1]) if is_dst else (reach[other][1], name)
+                findings.append(
                     Finding(
                         pair[0],
                         "conflict",
-                        f"memory that is also {pair[1]} of the source, which is sent",
-                        "sources apart from destinations",
-                        "clone() the source",
+                        f"memory that is also that of {pair[1]}{'' if other and is_dst else ', which is read'}",
+                        "tensors apart from each other",
+                        "clone() one of them",
                     )
                 )
-            reach[written] = max(reach[written], (end, name))
-        return out
+            reach[is_dst] = max(reach[is_dst], (end, name))
+        if findings:
+            raise plan_error(findings)
 
     # -- buckets --
 
@@ -602,6 +574,19 @@ class Work:
             routes,
             backend.active().NAME,
         )
+
+
+@contextmanager
+def paused_collection() -> Iterator[None]:
+    """No garbage collection meanwhile: of tens of thousands of new tuples none is garbage, and looking costs
+    as much as making them."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _describe(talk: Talk, want: Want) -> tuple[Tensors | None, Tensors | None]:

@@ -7,6 +7,7 @@ bytes range by range when asked, so that a plan reads them into staging memory o
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -226,6 +227,11 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     >>> contiguous_strides((2, 3))
     (3, 1)
     """
+    return _contiguous_strides(tuple(shape))
+
+
+@lru_cache(maxsize=1 << 14)
+def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
