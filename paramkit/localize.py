@@ -19,7 +19,7 @@ from .errors import Finding
 from .fills import Mean
 from .pieces import view_of
 from .resolve import Resolved, Tie, Write, plan_error
-from .sharding import is_sharded, spread_finding, spread_of
+from .sharding import Axes, axes_by_rank, is_sharded, place_of, spread_finding, spread_of
 from .sources.spread import Spread, SpreadPart
 
 __all__ = ["local_pairs", "localize"]
@@ -119,6 +119,7 @@ class _Localizer:
         self.tensors: list[Any] = []
         self.numbers: dict[tuple[int, int], int] = {}
         self.cuts: dict[Hashable, tuple[list[_Piece], bool]] = {}
+        self.everywhere: dict[Hashable, bool] = {}
         # Equal axes are one object nearly always; numbers stand for them in keys.
         self.kinds: dict[Hashable, int] = {}
         self.kind_of: dict[int, int] = {}
@@ -134,7 +135,7 @@ class _Localizer:
                 self.dsts[w.dst],
                 self.srcs[w.src],
             )
-            if not complete:
+            if not (complete and self._complete_elsewhere(w)):
                 self._elsewhere(r.destinations[w.dst].name, w.src)
             later.append((w, pieces))
         # What rules fill with stays behind the tensors of the source.
@@ -241,6 +242,23 @@ class _Localizer:
             found = self.cuts[key] = _pieces(geometry, first, second, all_of_first)
         return found
 
+    def _complete_elsewhere(self, w: Write) -> bool:
+        """Whether the other ranks of two DTensors hold what they write: all ranks then say the same."""
+        dst, src = self.dsts[w.dst], self.srcs[w.src]
+        wrappers = [t.wrapper if isinstance(t, Spread) else None for t in (dst, src)]
+        if wrappers[0] is None or wrappers[1] is None:
+            return True
+        geometry = (w.sizes, w.dst_strides, w.dst_offset, w.src_strides, w.src_offset)
+        key = (geometry, *map(id, map(place_of, wrappers)), "everywhere")
+        found = self.everywhere.get(key)
+        if found is None:
+            written, held = map(axes_by_rank, wrappers)
+            found = self.everywhere[key] = all(
+                _holds(geometry, (tuple(dst.shape), tuple(src.shape)), axes, held.get(rank))
+                for rank, axes in written.items()
+            )
+        return found
+
     def _kind(self, tensor: Any) -> int:
         """Equal for tensors that are cut alike."""
         if not isinstance(tensor, Spread):
@@ -273,6 +291,18 @@ def _pieces(
                         found += elements(piece)
                         pieces.append(_Piece(i, k, _geometry(piece, part_a, part_b)))
     return pieces, wanted == found
+
+
+def _holds(
+    geometry: Geometry, shapes: tuple[tuple[int, ...], tuple[int, ...]], dst: Axes, src: Axes | None
+) -> bool:
+    """Whether a rank that writes a part of the destination holds what it reads."""
+    for whole in boxes(geometry, *shapes):
+        for box in clip(whole, False, dst):
+            read = clip(box, True, src) if src is not None else ()
+            if elements(box) != sum(map(elements, read)):
+                return False
+    return True
 
 
 def _parts(tensor: Any) -> list[tuple[int, SpreadPart | None]]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .destinations import memory_key
+from .ranges import loops, packed, ranges_of
 from .resolve import Write
-from .sources.lazy import Lazy, reach
+from .sources.lazy import Lazy, Stored, reach
 
 __all__ = ["cut", "read_view", "same_memory", "span", "view_of", "views"]
 
@@ -26,7 +28,10 @@ def span(write: Write, itemsize: int) -> tuple[int, int]:
 
 
 def cut(
-    writes: Sequence[Write], itemsizes: Sequence[int], limit: int
+    writes: Sequence[Write],
+    itemsizes: Sequence[int],
+    limit: int,
+    measure: Callable[[Write, int], int] | None = None,
 ) -> Iterator[tuple[Write, ...]]:
     """Writes of the same sizes as pieces, each reading a span of at most `limit` bytes or one element.
 
@@ -37,13 +42,15 @@ def cut(
         writes: cut at the same places.
         itemsizes: bytes of an element of each write's source; 0 where its span does not matter.
         limit: bytes.
+        measure: the bytes that count of a write whose source has elements of so many; None: those of its span.
 
     >>> whole = Write(0, 0, (4, 2), (2, 1), 0, (2, 1), 0)
     >>> [(p.sizes, p.dst_offset, p.src_offset) for (p,) in cut([whole], [4], 16)]
     [((2, 2), 0, 0), ((2, 2), 4, 4)]
     """
     for write, itemsize in zip(writes, itemsizes, strict=True):
-        if reach(write.sizes, write.src_strides) * itemsize <= limit:
+        span_of = reach(write.sizes, write.src_strides) * itemsize
+        if span_of <= limit or (measure is not None and measure(write, itemsize) <= limit):
             continue
         reaches = [(n - 1) * st for n, st in zip(write.sizes, write.src_strides, strict=True)]
         if max(reaches, default=0) == 0:
@@ -51,7 +58,8 @@ def cut(
         axis = reaches.index(max(reaches))
         half = write.sizes[axis] // 2
         for first, count in ((0, half), (half, write.sizes[axis] - half)):
-            yield from cut([_narrowed(w, axis, first, count) for w in writes], itemsizes, limit)
+            parts = [_narrowed(w, axis, first, count) for w in writes]
+            yield from cut(parts, itemsizes, limit, measure)
         return
     yield tuple(writes)
 
@@ -80,9 +88,23 @@ def view_of(tensor: Tensor, sizes: Sequence[int], strides: Sequence[int], offset
 
 def read_view(source: Any, write: Write) -> Tensor:
     """What a write reads: a view of a tensor in memory, or of new memory for a lazy one."""
+    if isinstance(source, Stored) and 0 not in write.sizes:
+        return _read_stored(source, write)
     if isinstance(source, Lazy):
         return source.read_view(write.sizes, write.src_strides, write.src_offset)
     return view_of(source, write.sizes, write.src_strides, write.src_offset)
+
+
+def _read_stored(source: Stored, write: Write) -> Tensor:
+    """Without the gaps, where there are any."""
+    size = source.element_size()
+    made = packed([write], size) if loops(write, size)[1] else None
+    if made is None or made.writes is None:
+        return source.read_view(write.sizes, write.src_strides, write.src_offset)
+    out = torch.empty(made.bytes, dtype=torch.uint8)
+    source.file.read_many(ranges_of(source, made.rows, out))
+    (view,) = made.writes
+    return out.view(source.dtype).as_strided(view.sizes, view.src_strides, view.src_offset)
 
 
 def views(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Hashable, Iterable, Sequence
 from functools import lru_cache
+from itertools import product
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -15,6 +16,7 @@ from .sources.spread import Segment, Spread, SpreadPart
 __all__ = [
     "any_sharded",
     "axes_at",
+    "axes_by_rank",
     "is_sharded",
     "place_of",
     "sharded_key",
@@ -168,6 +170,21 @@ def _placed(tensor: Any) -> _Place:
         return _Place(mesh, splits, None, (), text)
     axes = axes_at(shape, tuple(mesh.shape), tuple(coordinate), splits)
     return _Place(mesh, splits, axes, SpreadPart(axes, None).shape, text)
+
+
+def axes_by_rank(tensor: Any) -> dict[int, Axes]:
+    """For each global rank of a DTensor's mesh the indices that it holds."""
+    place = place_of(tensor)
+    if place.splits is None:
+        return {}
+    mesh = tuple(place.mesh.shape)
+    coordinates = product(*(range(n) for n in mesh))
+    ranks = place.mesh.mesh.flatten().tolist()
+    shape = tuple(tensor.shape)
+    return {
+        rank: axes_at(shape, mesh, coordinate, place.splits)
+        for rank, coordinate in zip(ranks, coordinates, strict=True)
+    }
 
 
 def spread_of(tensor: Any) -> Spread:

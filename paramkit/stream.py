@@ -3,8 +3,11 @@
 The writes are cut into pieces (`pieces`), put in the order in which their bytes lie in the files, and
 packed into steps. A step reads its bytes into one half of a staging buffer and runs a backend's plan of
 its pieces, whose sources are views of that half; meanwhile the other half is read for the next step.
-Where all pieces of a step are bytes in a row on both sides, of one dtype and in CPU memory, they are read
+Where all pieces of a step are rows of bytes on both sides, of one dtype and in CPU memory, they are read
 straight to where they belong: there is nothing to rearrange, and a second copy would take as long again.
+
+What a step reads of a file are the bytes that its pieces need (`ranges`): of a part of each row, the rest of the
+row is neither read nor given room in the staging buffer. Only gaps of less than `GAP` bytes are read along.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -19,9 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from .pieces import cut, span, view_of
+from .ranges import Rows, bytes_of, loops, packed, ranges_of
 from .resolve import Write
 from .sources.dcp import Asked, Checkpoint, Chunk, Chunked
-from .sources.lazy import Lazy, Stored, StoredFile, in_a_row
+from .sources.lazy import Lazy, Stored, StoredFile
+from .sources.reading import GAP, Range
 
 __all__ = ["STAGING_BYTES", "Streamed"]
 
@@ -29,21 +35,48 @@ __all__ = ["STAGING_BYTES", "Streamed"]
 # a warm file, 2 cores: 154 ms with 8 MiB, 141 with 16, 116 with 32, 106 with 64, 103 with 128.
 STAGING_BYTES = 32 << 20
 _ALIGN = 64
-# Bytes between two reads that are read along: a request costs as much as a copy of about this many.
+# Bytes between two reads of what is in no plain file, which are read along: a request costs as much as a copy
+# of about this many.
 _GAP = 32 << 10
 
 Progress = Callable[[int, int], object]
 
 
+_Piece = tuple[int, Write]  # (number of the write that it is a piece of, piece)
+
+
 @dataclass
 class _Read:
-    """Bytes [begin, end) of a source, put at `at` in the half."""
+    """Bytes [begin, end) of a source, or rows of bytes within them, put at `at` in the half.
+
+    Attributes:
+        pieces: what reads them.
+        size: bytes in the half.
+        rows: what is read, packed in the half; None for all bytes.
+        views: the pieces, reading the packed rows as if they were the source; none without `rows`.
+    """
 
     source: Lazy
     begin: int
     end: int
     at: int = 0
-    pieces: list[tuple[int, Write]] = field(default_factory=list)  # (number of the write, piece)
+    pieces: list[_Piece] = field(default_factory=list)
+    rows: list[Rows] | None = None
+    views: list[Write] = field(default_factory=list)
+    packed_size: int = 0
+
+    @property
+    def size(self) -> int:
+        return self.end - self.begin if self.rows is None else self.packed_size
+
+    def plain(self) -> list[_Piece]:
+        """The pieces, reading the half's bytes from `at` on as if they were the source."""
+        if self.rows is not None:
+            return [
+                (number, view) for (number, _), view in zip(self.pieces, self.views, strict=True)
+            ]
+        shift = self.begin // self.source.element_size()
+        return [(number, replace(w, src_offset=w.src_offset - shift)) for number, w in self.pieces]
 
 
 @dataclass
@@ -57,7 +90,8 @@ class Step:
         dsts: for each destination of `plan` its number.
         bytes: destination bytes.
         half: where its half of the staging buffer begins.
-        straight: (file, offset, bytes of the destination) of all pieces, where they may be read straight there.
+        straight: (file, range whose memory is the destination's) of all pieces, where they may be read straight
+            there.
     """
 
     reads: list[_Read]
@@ -66,7 +100,7 @@ class Step:
     dsts: list[int]
     bytes: int
     half: int = 0
-    straight: list[tuple[StoredFile, int, Tensor]] | None = None
+    straight: list[tuple[StoredFile, Range]] | None = None
 
 
 class Streamed:
@@ -91,7 +125,7 @@ class Streamed:
         units = _in_file_order(self._units())
         self._staging = torch.empty(0, dtype=torch.uint8)
         packed = list(self._packed(units))
-        used = max((r.at + r.end - r.begin for reads in packed for r in reads), default=0)
+        used = max((r.at + r.size for reads in packed for r in reads), default=0)
         self._half = -(-used // _ALIGN) * _ALIGN
         # Only as much as is needed; one half where there is one step.
         self._staging = torch.empty(self._half * min(2, len(packed)) + _ALIGN, dtype=torch.uint8)
@@ -102,42 +136,86 @@ class Streamed:
     # -- planning --
 
     def _units(self) -> list[_Read]:
-        """Spans of sources with all pieces that read within them; no two share bytes if they need not."""
-        by_source: dict[int, list[tuple[int, Write]]] = {}
+        """What is read of the sources, with all pieces that read it; nothing is in two if it need not."""
+        by_source: dict[int, list[_Piece]] = {}
         for number, write in enumerate(self._writes):
             if isinstance(self._srcs[write.src], Lazy) and 0 not in write.sizes:
                 by_source.setdefault(write.src, []).append((number, write))
         units: list[_Read] = []
         for s, writes in by_source.items():
             source = self._srcs[s]
-            size = source.element_size()
-            pieces: list[tuple[int, int, int, Write]] = []
-            for number, write in writes:
-                for (piece,) in cut([write], [size], self._half // 4):
-                    begin, end = span(piece, size)
-                    if end - begin > self._half:
-                        raise ValueError(
-                            f"staging: one element of {end - begin} bytes does not fit"
-                        )
-                    pieces.append((begin, end, number, piece))
-            pieces.sort(key=lambda p: (p[0], p[1], p[2]))
-            units += self._joined(source, pieces)
+            clusters: list[_Read] = []
+            for cluster in self._clusters(source, writes, isinstance(source, Stored)):
+                clusters += self._without_gaps(cluster)
+            units += self._joined(clusters)
         return units
 
-    def _joined(self, source: Lazy, pieces: Sequence[tuple[int, int, int, Write]]) -> list[_Read]:
-        # Pieces whose spans interleave stay together, so that no byte is read twice.
-        clusters: list[_Read] = []
+    def _clusters(
+        self, source: Lazy, writes: Sequence[_Piece], without_gaps: bool
+    ) -> Iterator[_Read]:
+        """The writes in pieces; pieces whose spans interleave are together, so that no byte is read twice."""
+        size = source.element_size()
+        pieces: list[tuple[int, int, int, Write]] = []
+        for number, write in writes:
+            measure = bytes_of if without_gaps else None
+            for (piece,) in cut([write], [size], self._half // 4, measure):
+                begin, end = span(piece, size)
+                if (bytes_of(piece, size) if without_gaps else end - begin) > self._half:
+                    raise ValueError(f"staging: one element of {size} bytes does not fit")
+                pieces.append((begin, end, number, piece))
+        pieces.sort(key=lambda p: (p[0], p[1], p[2]))
+        last: _Read | None = None
+        total = 0  # bytes of its pieces
         for begin, end, number, piece in pieces:
-            last = clusters[-1] if clusters else None
-            if last is None or begin >= last.end or max(end, last.end) - last.begin > self._half:
-                clusters.append(_Read(source, begin, end, 0, [(number, piece)]))
-            else:
-                last.end = max(last.end, end)
-                last.pieces.append((number, piece))
+            own = bytes_of(piece, size) if without_gaps else end - begin
+            if last is not None and begin < last.end:
+                both = max(end, last.end) - last.begin
+                if (min(total + own, both) if without_gaps else both) <= self._half:
+                    last.end = max(last.end, end)
+                    last.pieces.append((number, piece))
+                    total += own
+                    continue
+            if last is not None:
+                yield last
+            last, total = _Read(source, begin, end, 0, [(number, piece)]), own
+        if last is not None:
+            yield last
+
+    def _without_gaps(self, cluster: _Read) -> list[_Read]:
+        """What a cluster reads, as one read of rows; as several, or with gaps, where strides cannot say that."""
+        source = cluster.source
+        size = source.element_size()
+        if not isinstance(source, Stored) or not any(loops(w, size)[1] for _, w in cluster.pieces):
+            return [cluster]
+        made = packed([w for _, w in cluster.pieces], size)
+        if (
+            made.bytes <= self._half
+        ):  # short gaps between pieces count, those within them did already
+            if len(made.rows) == 1 and made.rows[0].rows == 1:
+                return [cluster]
+            if made.writes is not None:
+                cluster.rows, cluster.views, cluster.packed_size = (
+                    made.rows,
+                    made.writes,
+                    made.bytes,
+                )
+                return [cluster]
+        if made.apart and len(cluster.pieces) > 1:
+            alone = [_Read(source, *span(w, size), 0, [(n, w)]) for n, w in cluster.pieces]
+            return [read for one in alone for read in self._without_gaps(one)]
+        return list(self._clusters(source, cluster.pieces, False))
+
+    def _joined(self, clusters: Sequence[_Read]) -> list[_Read]:
+        """Reads of one source; neighbours are one."""
         units: list[_Read] = []
         for read in clusters:
             last = units[-1] if units else None
-            near = last is not None and last.end <= read.begin <= last.end + _GAP
+            most = GAP - 1 if isinstance(read.source, Stored) else _GAP
+            near = (
+                last is not None
+                and last.rows is read.rows is None
+                and last.end <= read.begin <= last.end + most
+            )
             if last is not None and near and read.end - last.begin <= self._half // 2:
                 last.end = read.end
                 last.pieces += read.pieces
@@ -150,13 +228,12 @@ class Streamed:
         step: list[_Read] = []
         at = 0
         for read in units:
-            size = read.end - read.begin
-            if step and at + size > self._half:
+            if step and at + read.size > self._half:
                 yield step
                 step, at = [], 0
             read.at = at
             step.append(read)
-            at += -(-size // _ALIGN) * _ALIGN
+            at += -(-read.size // _ALIGN) * _ALIGN
         if step:
             yield step
 
@@ -174,7 +251,7 @@ class Streamed:
                 self._step(
                     [],
                     [s.view(own.dtype) if s is empty else s for s, own in zip(srcs, self._srcs)],
-                    [(number, w, w.src, w.src_offset) for number, w in direct],
+                    [(number, w, w.src) for number, w in direct],
                     slots,
                 )
             )
@@ -184,10 +261,8 @@ class Streamed:
             half = self._staging[start:]
             srcs, pieces = [], []
             for n, read in enumerate(reads):
-                size = read.end - read.begin
-                srcs.append(half[read.at : read.at + size].view(read.source.dtype))
-                shift = read.begin // read.source.element_size()
-                pieces += [(number, w, n, w.src_offset - shift) for number, w in read.pieces]
+                srcs.append(half[read.at : read.at + read.size].view(read.source.dtype))
+                pieces += [(number, w, n) for number, w in read.plain()]
             step = self._step(reads, srcs, pieces, slots if k == 0 else [], start)
             # The first goes through staging: a file that cannot be read at all is then told before a write.
             step.straight = self._straight(reads) if k > 0 else None
@@ -198,38 +273,35 @@ class Streamed:
         self,
         reads: list[_Read],
         srcs: list[Tensor],
-        pieces: Sequence[tuple[int, Write, int, int]],
+        pieces: Sequence[tuple[int, Write, int]],
         slots: list[Any],
         half: int = 0,
     ) -> Step:
-        used = sorted({w.dst for _, w, _, _ in pieces})
+        used = sorted({w.dst for _, w, _ in pieces})
         number_of = {d: k for k, d in enumerate(used)}
-        writes = [
-            replace(w, src_offset=offset).plain(number_of[w.dst], s) for _, w, s, offset in pieces
-        ]
+        writes = [w.plain(number_of[w.dst], s) for _, w, s in pieces]
         dsts = [self._dsts[d] for d in used]
         plan = self._active.Plan(dsts, srcs, writes, slots, False, False)
-        size = sum(prod(w.sizes) * self._dsts[w.dst].element_size() for _, w, _, _ in pieces)
+        size = sum(prod(w.sizes) * self._dsts[w.dst].element_size() for _, w, _ in pieces)
         numbers = [number for number, *_ in pieces]
         return Step(reads, plan, numbers, used, size, half)
 
-    def _straight(self, reads: Sequence[_Read]) -> list[tuple[StoredFile, int, Tensor]] | None:
+    def _straight(self, reads: Sequence[_Read]) -> list[tuple[StoredFile, Range]] | None:
         """The pieces as ranges of a file and of destinations, None where some have to be rearranged."""
-        out: list[tuple[StoredFile, int, Tensor]] = []
+        out: list[tuple[StoredFile, Range]] = []
         for read in reads:
             source = read.source
             if not isinstance(source, Stored):
                 return None
-            size = source.element_size()
             for _, w in read.pieces:
                 dst = self._dsts[w.dst]
                 plain = type(dst) in (Tensor, nn.Parameter) and dst.device.type == "cpu"
                 if not plain or dst.dtype != source.dtype or dst.is_conj() or dst.is_neg():
                     return None
-                if not (in_a_row(w.sizes, w.dst_strides) and in_a_row(w.sizes, w.src_strides)):
+                ranges = _row_ranges(w, source, dst)
+                if ranges is None:
                     return None
-                place = view_of(dst, (prod(w.sizes),), (1,), w.dst_offset).view(torch.uint8)
-                out.append((source.file, source.offset + w.src_offset * size, place))
+                out += [(source.file, some) for some in ranges]
         return out or None
 
     # -- what a backend's plan has --
@@ -340,12 +412,14 @@ class Streamed:
 
     def _load(self, step: Step) -> None:
         half = self._staging[step.half :]
-        asked = []
+        asked: list[tuple[StoredFile, Range]] = []
         chunks: dict[Checkpoint, list[Asked]] = {}
         for read in step.reads:
-            out = half[read.at : read.at + read.end - read.begin]
+            out = half[read.at : read.at + read.size]
             if isinstance(read.source, Stored):
-                asked.append((read.source.file, read.source.offset + read.begin, out))
+                rows = read.rows or [Rows(read.begin, read.size)]
+                file = read.source.file
+                asked += [(file, some) for some in ranges_of(read.source, rows, out)]
             elif isinstance(read.source, Chunk):
                 wanted = chunks.setdefault(read.source.file, [])
                 wanted.append((read.source, read.begin, read.end, out))
@@ -356,11 +430,52 @@ class Streamed:
             checkpoint.read_many(wanted)
 
 
-def _read_all(asked: Sequence[tuple[StoredFile, int, Tensor]]) -> None:
+def _row_ranges(write: Write, source: Stored, dst: Tensor) -> list[Range] | None:
+    """A write as rows of bytes from a file to a destination of the same dtype, None where it is anything else.
+
+    Rows of less than `GAP` bytes are better off in staging: there are too many of them.
+    """
+    axes = _common_axes(write)
+    run = 1
+    while axes and axes[-1][0] == axes[-1][1] == run:
+        run *= axes.pop()[2]
+    size = source.element_size()
+    first = source.offset + write.src_offset * size
+    if not axes:
+        return [(first, view_of(dst, (run,), (1,), write.dst_offset).view(torch.uint8))]
+    # Rows that overlap are not rows: an element that is read again and again, or is written in another order.
+    if run * size < GAP or any(src < run or dst < run for src, dst, _ in axes):
+        return None
+    src_step, dst_step, rows = axes.pop(max(range(len(axes)), key=lambda k: axes[k][2]))
+    out: list[Range] = []
+    for turn in product(*(range(n) for _, _, n in axes)):
+        src = sum(k * axis[0] for k, axis in zip(turn, axes, strict=True))
+        at = write.dst_offset + sum(k * axis[1] for k, axis in zip(turn, axes, strict=True))
+        place = view_of(dst, (rows, run), (dst_step, 1), at).view(torch.uint8)
+        out.append((first + src * size, place, src_step * size))
+    return out
+
+
+def _common_axes(write: Write) -> list[tuple[int, int, int]]:
+    """(source stride, destination stride, size) of a write's axes, the source's outermost first.
+
+    What is one loop for both is one axis.
+    """
+    sides = zip(write.src_strides, write.dst_strides, write.sizes, strict=True)
+    axes: list[tuple[int, int, int]] = []
+    for src, dst, n in sorted((axis for axis in sides if axis[2] > 1), reverse=True):
+        if axes and axes[-1][:2] == (src * n, dst * n):
+            axes[-1] = src, dst, axes[-1][2] * n
+        else:
+            axes.append((src, dst, n))
+    return axes
+
+
+def _read_all(asked: Sequence[tuple[StoredFile, Range]]) -> None:
     """Read ranges of files, each file's in one call."""
-    by_file: dict[int, tuple[StoredFile, list[tuple[int, Tensor]]]] = {}
-    for file, offset, out in asked:
-        by_file.setdefault(id(file), (file, []))[1].append((offset, out))
+    by_file: dict[int, tuple[StoredFile, list[Range]]] = {}
+    for file, some in asked:
+        by_file.setdefault(id(file), (file, []))[1].append(some)
     for file, ranges in by_file.values():
         file.read_many(ranges)
 

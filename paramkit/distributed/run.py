@@ -138,7 +138,8 @@ class Run:
             for number, buffer, _ in listed:
                 stream = self.traffic.streams[number]
                 if number in self.broadcasts:
-                    works.append((self._broadcast(buffer, stream.sender), stream.sender))
+                    work = self._broadcast(buffer, stream.sender)
+                    works.append((work, None if sends else stream.sender))
                     continue
                 for peer in stream.receivers if sends else (stream.sender,):
                     ops.append(
