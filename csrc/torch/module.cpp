@@ -3,6 +3,8 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include <cerrno>
+
 #include "core/task.h"
 #include "cpu/capability.h"
 #include "cpu/run.h"
@@ -11,6 +13,7 @@
 #include "torch/load_state_dict.h"
 #include "torch/plan.h"
 #include "torch/python_ops.h"
+#include "torch/reading.h"
 #include "torch/recorder.h"
 #include "torch/staging.h"
 
@@ -82,6 +85,21 @@ py::dict cuda_counts() {
   return result;
 }
 
+// The bytes that were read: fewer than those of all rows where the file ends before. Raises OSError.
+int64_t read_file_rows(int fd, int64_t offset, int64_t file_stride, int64_t rows, int64_t row_bytes, uintptr_t address,
+                       int64_t memory_stride) {
+  paramkit::ReadOutcome outcome{};
+  {
+    const py::gil_scoped_release released;
+    outcome = paramkit::read_rows(
+        fd, {offset, file_stride, rows, row_bytes, reinterpret_cast<char*>(address), memory_stride});
+  }
+  if (outcome.error == 0) return outcome.bytes;
+  errno = outcome.error;
+  PyErr_SetFromErrno(PyExc_OSError);
+  throw py::error_already_set();
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -111,6 +129,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     paramkit::set_staging_bytes(bytes);
     return before;
   });
+  m.def("read_rows", &read_file_rows);
   m.def("torch_version", [] { return std::string(TORCH_VERSION); });
   py::class_<Plan>(m, "Plan")
       .def(py::init(&make_plan))

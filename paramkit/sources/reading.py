@@ -276,9 +276,27 @@ class StoredFile:
             pieces = [(job.address + k * job.pitch, job.row_bytes) for k in range(job.rows)]
             self._read_run((job.offset, pieces, job.bytes))
         else:
-            for k in range(job.rows):
-                piece = (job.address + k * job.pitch, job.row_bytes)
-                self._read_run((job.offset + k * job.step, [piece], job.row_bytes))
+            self._read_rows(job)
+
+    def _read_rows(self, job: _Rows) -> None:
+        """One call for each row. Python takes 1.4 us for it."""
+        offset, step, rows, each, address, pitch = job
+        memory = memoryview(_buffer(address, (rows - 1) * pitch + each))
+        done = 0
+        for at in range(0, rows * pitch, pitch):
+            try:
+                count = os.preadv(self._fd, [memory[at : at + each]], offset)
+            except OSError as error:
+                self._count(done)
+                raise self._system_fault(error) from error
+            done += count
+            if count < each:
+                self._count(done)
+                done = 0
+                rest = [(address + at + count, each - count)]
+                self._read_run((offset + count, rest, each - count))
+            offset += step
+        self._count(done)
 
     def _read_compiled(self, read_rows: Any, job: _Rows) -> None:
         try:
