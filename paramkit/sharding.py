@@ -191,27 +191,34 @@ def spread_of(tensor: Any) -> Spread:
     """A DTensor as a tensor in parts: the part of this rank, if it has one."""
     local, place = tensor._local_tensor, place_of(tensor)
     parts = () if place.axes is None else (SpreadPart(place.axes, local),)
-    return Spread(tensor.shape, tensor.dtype, parts, sharded_key(tensor), local.device, tensor)
+    key = _key(local, place) or (id(tensor),)
+    return Spread(tensor.shape, tensor.dtype, parts, key, local.device, tensor)
 
 
 def sharded_key(tensor: Any) -> Hashable:
     """Equal for DTensors of one memory: a state dict detaches, so tied weights are two objects in it."""
-    from .destinations import memory_key
+    return _key(tensor._local_tensor, place_of(tensor)) or (id(tensor),)
 
-    local = tensor._local_tensor
-    own = memory_key(local)
-    if own == id(local):
-        return (id(tensor),)
-    return ("shard", own, place_of(tensor).text)
+
+def _key(local: Any, place: _Place) -> Hashable:
+    """None where a local tensor has no memory to go by."""
+    if local.is_meta or not local.numel():
+        return None
+    try:
+        address = local.data_ptr()
+    except RuntimeError:  # a subclass without storage of its own
+        return None
+    # What the place does not say of a view: its strides, and its dtype.
+    return (address, local.dtype, local.stride(), *place.text) if address else None
 
 
 def spread_finding(name: str, spread: Spread, destination: bool) -> Finding | None:
     """Why a DTensor cannot take part in a write, or None."""
     from .destinations import layout_finding
 
-    tensor = spread.wrapper
-    if tensor is None:
+    if spread.checked:
         return None
+    tensor = spread.wrapper
     place = place_of(tensor)
     if place.splits is None:
         return Finding(
@@ -240,7 +247,9 @@ def spread_finding(name: str, spread: Spread, destination: bool) -> Finding | No
                 f"{place.shape}, the shard that {tensor.placements} gives this rank",
                 "make the DTensor with distribute_tensor or fully_shard",
             )
-    return layout_finding(name, local, destination)
+    finding = layout_finding(name, local, destination)
+    spread.checked = finding is None
+    return finding
 
 
 def unsharded_finding(model: object) -> Finding | None:

@@ -251,19 +251,23 @@ def _described(
 
 def spreads(description: Description, own: Tensors | None, what: str) -> list[Spread]:
     """The tensors of a description, with the parts that this rank holds."""
+    if own is None:
+        columns = zip(description.shapes, description.dtypes, description.same, strict=True)
+        return [Spread(shape, dtype, (), (what, same)) for shape, dtype, same in columns]
     out = []
-    for k, (shape, dtype) in enumerate(zip(description.shapes, description.dtypes, strict=True)):
-        key = (what, description.same[k])
-        local = None if own is None else own.local[k]
-        if local is None or (isinstance(local, Tensor) and local.is_meta):
-            out.append(Spread(shape, dtype, (), key))
-        elif own is not None and own.spreads[k] is not None:
-            found = own.spreads[k]
-            assert found is not None
-            out.append(Spread(shape, dtype, found.parts, key, found.device, local))
+    for k, (local, spread) in enumerate(zip(own.local, own.spreads, strict=True)):
+        shape, dtype = description.shapes[k], description.dtypes[k]
+        if spread is not None:
+            pass
+        elif local.is_meta:
+            spread = Spread(shape, dtype, ())
         else:
-            part = SpreadPart(whole_axes(shape), local)
-            out.append(Spread(shape, dtype, (part,), key, local.device))
+            spread = Spread(
+                shape, dtype, (SpreadPart(whole_axes(shape), local),), None, local.device
+            )
+        # What is tied is what all ranks agreed on, not what happens to be one memory here.
+        spread.key = (what, description.same[k])
+        out.append(spread)
     return out
 
 

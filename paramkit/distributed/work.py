@@ -27,7 +27,7 @@ from ..plan import Options
 from ..report import Cast, Summary
 from ..resolve import Tie, Write, plan_error, resolve
 from ..sharding import unsharded_finding
-from ..sources.lazy import Lazy
+from ..sources.lazy import Lazy, reach
 from ..sources.spread import Spread
 from ..stream import Streamed
 from ..torn import Torn
@@ -164,7 +164,7 @@ class Work:
     def _destinations(self) -> list[Destination]:
         if self.dst is not None:
             return [
-                replace(d, tensor=t)
+                Destination(d.name, t, d.owner, d.key, d.kind, d.path, d.aliases, d.alias_places)
                 for d, t in zip(self.dst.destinations, self._spreads, strict=True)
             ]
         d = self.common.dst.description
@@ -321,12 +321,12 @@ class Work:
                 spans.append((*_span(tensor), False, name))
         findings = []
         # That the writes of one tensor do not meet is proved; here tensors must not.
-        reach: dict[bool, tuple[int, str]] = {True: (0, ""), False: (0, "")}
+        ends: dict[bool, tuple[int, str]] = {True: (0, ""), False: (0, "")}
         for begin, end, is_dst, name in sorted(s for s in spans if s[0] < s[1]):
             for other in (True, False) if is_dst else (True,):
-                if begin >= reach[other][0]:
+                if begin >= ends[other][0]:
                     continue
-                pair = (name, reach[other][1]) if is_dst else (reach[other][1], name)
+                pair = (name, ends[other][1]) if is_dst else (ends[other][1], name)
                 findings.append(
                     Finding(
                         pair[0],
@@ -336,7 +336,7 @@ class Work:
                         "clone() one of them",
                     )
                 )
-            reach[is_dst] = max(reach[is_dst], (end, name))
+            ends[is_dst] = max(ends[is_dst], (end, name))
         if findings:
             raise plan_error(findings)
 
@@ -636,9 +636,10 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     """The addresses from the first to behind the last element."""
     if not tensor.numel() or tensor.device.type != "cpu":
         return 0, 0
-    reach = 1 + sum((n - 1) * st for n, st in zip(tensor.shape, tensor.stride(), strict=True))
     begin = tensor.data_ptr()
-    return begin, begin + reach * tensor.element_size()
+    if tensor.is_contiguous():
+        return begin, begin + tensor.numel() * tensor.element_size()
+    return begin, begin + reach(tensor.shape, tensor.stride()) * tensor.element_size()
 
 
 def _aligned(size: int) -> int:

@@ -7,6 +7,7 @@ where writes become copies does it matter which part holds what; see `paramkit.b
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -44,7 +45,8 @@ class SpreadPart(NamedTuple):
         return tuple(sum(s.length for s in segments) for segments in self.axes)
 
 
-def whole_axes(shape: Sequence[int]) -> tuple[tuple[Segment, ...], ...]:
+@lru_cache(maxsize=1 << 14)
+def whole_axes(shape: tuple[int, ...]) -> tuple[tuple[Segment, ...], ...]:
     """The axes of a part that is all of a tensor.
 
     >>> whole_axes((2, 0))
@@ -60,8 +62,12 @@ class Spread(Lazy):
         shape: global sizes.
         dtype: of every part.
         parts: which box each holds; several may hold the same elements, and some may be nowhere.
-        key: equal for tensors that are the same memory or the same place in a file.
+        key: equal for tensors that are the same memory or the same place in a file; may be set later.
         device: of the parts.
+        wrapper: the DTensor that the user sees.
+
+    Attributes:
+        checked: whether it is known that it can take part in a write.
 
     Example:
         >>> left = SpreadPart(((Segment(0, 1, 0),), (Segment(0, 2, 0),)), torch.tensor([[1, 2]]))
@@ -70,7 +76,7 @@ class Spread(Lazy):
         tensor([[1, 2, 3]])
     """
 
-    __slots__ = ("_key", "device", "parts", "wrapper")
+    __slots__ = ("checked", "device", "key", "parts", "wrapper")
 
     def __init__(
         self,
@@ -83,9 +89,10 @@ class Spread(Lazy):
     ) -> None:
         super().__init__(shape, dtype)
         self.parts = tuple(parts)
-        self._key = key
+        self.key = key
         self.device = torch.device("cpu") if device is None else device
-        self.wrapper = wrapper  # the DTensor that the user sees
+        self.wrapper = wrapper
+        self.checked = wrapper is None
 
     is_meta = False
 
@@ -95,7 +102,7 @@ class Spread(Lazy):
         return self.device.type == "cuda"
 
     def location(self) -> Hashable:
-        return (id(self),) if self._key is None else self._key
+        return (id(self),) if self.key is None else self.key
 
     def read_view(self, sizes: Sequence[int], strides: Sequence[int], offset: int) -> Tensor:
         from ..boxes import pieces_within  # which knows what a part is
