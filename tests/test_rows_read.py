@@ -248,6 +248,35 @@ def test_the_same_columns_twice_are_read_once(tmp_path: Path) -> None:
     assert file_of(source).bytes_read == dsts[0].nbytes
 
 
+@pytest.mark.parametrize(
+    ("second", "read"),
+    [
+        (
+            (slice(3, 20), slice(2048, 2560)),
+            (10 + 17) * 2048,
+        ),  # no strides for both: each by itself
+        ((slice(3, 20), slice(256, 768)), 19 * 16384 + 768 * 4),  # they overlap: all, but once
+    ],
+)
+def test_boxes_that_cannot_be_packed_together(
+    tmp_path: Path, second: tuple[slice, slice], read: int
+) -> None:
+    whole = values(32, COLUMNS)
+    source = opened(saved(tmp_path, w=whole))
+    views = [whole[:10, :512], whole[second]]
+    dsts = [guarded(*view.shape, dtype=torch.float64) for view in views]
+    writes = [
+        Write(k, 0, tuple(v.shape), d.stride(), 0, v.stride(), v.storage_offset())
+        for k, (v, d) in enumerate(zip(views, dsts))
+    ]
+    seen = watch(*dsts)
+    assert Streamed(paramkit.backend.active(), dsts, [source["w"]], writes, [], 4 << 20).run()
+    for dst, view in zip(dsts, views):
+        assert_same_bits(dst, view.double())
+    seen.assert_only_inside()
+    assert file_of(source).bytes_read == read
+
+
 # ---- staging, or straight --------------------------------------------------------------------------
 
 
