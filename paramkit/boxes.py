@@ -39,7 +39,7 @@ Turns = tuple[int, int, int]
 class Side(NamedTuple):
     """Where the loops of a box are in one tensor: loop i moves index `axes[i]` by `steps[i]`, from `base` on.
 
-    A tensor that is not in parts has one axis, its addresses.
+    A tensor that is not in parts has one axis, its addresses; one without axes has one too, of one index.
     """
 
     axes: tuple[int, ...]
@@ -93,6 +93,8 @@ def _side(
     """The side, or (loop, turns to the end of the row, turns of a row) of a loop that crosses rows."""
     if shape is None:
         return Side((0,) * len(sizes), tuple(strides), (offset,))
+    if not shape:  # one element, that every loop stays at
+        return Side((0,) * len(sizes), (0,) * len(sizes), (0,))
     row = contiguous_strides(shape)
     base, rest = [], offset
     for n, step in zip(shape, row, strict=True):
@@ -244,6 +246,8 @@ def placed(side: Side, strides: Sequence[int]) -> tuple[tuple[int, ...], int]:
     ((1, 20), 3)
     """
     axes, steps, base = side
+    if not strides:
+        return (0,) * len(steps), 0
     # Lists: this runs for every piece of every tensor, and generators take twice as long.
     found = tuple([step * strides[axis] for axis, step in zip(axes, steps)])
     return found, sum([index * stride for index, stride in zip(base, strides)])
