@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -20,12 +21,15 @@ from .errors import Finding, PlanError, SourceError
 from .fills import Constant, Mean
 from .journal import Journal, shielded
 from .judge import conflict_finding, summary_of
+from .localize import local_tensor, local_writes
 from .ops import foreach_copy_
 from .pieces import read_view, view_of
 from .plan import Options
 from .report import Report
 from .resolve import Resolved, Resolver, Write, plan_error
+from .sharding import unsharded_finding
 from .sources.lazy import Lazy, Stored
+from .sources.spread import Spread
 from .torn import Torn, clear, mark, reason_of, torn_error
 
 __all__ = ["is_stream", "transplant_stream"]
@@ -91,10 +95,15 @@ class _Stream:
         self.bytes = 0
         self.done = self.tied = 0  # how many of the resolver's writes and ties are dealt with
         self.sure = 0  # how many of them are written for certain
+        gathered = unsharded_finding(model)
+        if gathered is not None:
+            raise plan_error([gathered])
+        # What this process holds of each destination.
+        self.local = [local_tensor(d.tensor) for d in self.resolver.destinations]
         self.storages = {
-            d.tensor.untyped_storage().data_ptr()
-            for d in self.resolver.destinations
-            if d.tensor.layout is torch.strided and not d.tensor.is_meta
+            t.untyped_storage().data_ptr()
+            for t in self.local
+            if t is not None and t.layout is torch.strided and not t.is_meta
         }
 
     def run(self, items: Iterable[tuple[str, Tensor]]) -> Report:
@@ -120,7 +129,8 @@ class _Stream:
     def _check_destinations(self) -> None:
         """What can be known before the first tensor comes."""
         r = self.resolver
-        inference = [d.name for d in r.destinations if d.tensor.is_inference()]
+        local = [(d, t) for d, t in zip(r.destinations, self.local, strict=True) if t is not None]
+        inference = [d.name for d, t in local if t.is_inference()]
         if inference and not torch.is_inference_mode_enabled():
             raise RuntimeError(
                 f"transplant: {', '.join(inference)}: Inplace update to inference tensor outside InferenceMode "
@@ -128,15 +138,17 @@ class _Stream:
             )
         inner = [
             Finding(d.name, "requires_grad", "not a leaf", "a leaf")
-            for d in r.destinations
+            for d, t in local
             if self.requires_grad is False
             and d.kind in ("parameter", "tensor")
-            and not d.tensor.is_leaf
+            and not _shown(d, t).is_leaf
         ]
         if inner:
             raise PlanError("requires_grad can only be set on leaves; nothing was written.", inner)
         # Each destination over itself: what overlaps is two destinations in one memory.
-        usable = [d for d in r.destinations if layout_finding(d.name, d.tensor, True) is None]
+        usable = [
+            replace(d, tensor=t) for d, t in local if layout_finding(d.name, d.tensor, True) is None
+        ]
         shapes = [tuple(d.tensor.shape) for d in usable]
         steps = [d.tensor.stride() for d in usable]
         whole = Resolved(
@@ -161,6 +173,7 @@ class _Stream:
         r.add(name, tensor)
         if r.findings:
             raise plan_error(r.findings)
+        tensor = r.src_tensors[-1]
         self._check_values(name, tensor)
         self._write()
         # From here on its shape is all that is needed of it.
@@ -216,7 +229,7 @@ class _Stream:
                 d = r.destinations[write.dst]
                 if write.src < 0 or not may_overflow(tensor.dtype, d.tensor.dtype):
                     continue
-                lost = overflows(d.tensor.dtype, _seen(tensor, write))
+                lost = overflows(d.tensor.dtype, _seen(r.src_tensors[-1], write))
                 if lost is not None:
                     findings.append(overflow_finding(d.name, name, d.tensor.dtype, lost))
         if findings:
@@ -226,18 +239,24 @@ class _Stream:
         r = self.resolver
         dsts, srcs = [], []
         writes = r.writes[self.done :]
+        wrappers = []
         for write in writes:
-            d = r.destinations[write.dst].tensor
+            d = r.destinations[write.dst]
             if 0 in write.sizes:
                 continue
-            dsts.append(view_of(d, write.sizes, write.dst_strides, write.dst_offset))
-            srcs.append(_seen(self._source(write), write))
+            if isinstance(d.tensor, Spread):
+                wrappers.append(d.tensor.wrapper)
+            for to, source, w in local_writes(write, d.tensor, self._source(write), d.name):
+                dsts.append(view_of(to, w.sizes, w.dst_strides, w.dst_offset))
+                srcs.append(_seen(source, w))
         self.done += len(writes)
         ties = r.proof.ties[self.tied :]
         self.tied += len(ties)
         if dsts:
             if self.journal is not None:
                 self.journal.note(dsts)
+            if wrappers:  # what autograd saved is the DTensor
+                torch.autograd.graph.increment_version(wrappers)
             with torch.no_grad():
                 self.written.update(w.dst for w in writes)
                 with backend.trace() as traced:
@@ -253,11 +272,13 @@ class _Stream:
     def _compare(self, first: Write, other: Write) -> None:
         """A second source of the same elements must hold what was written from the first."""
         d = self.resolver.destinations[first.dst]
-        held = view_of(d.tensor, first.sizes, first.dst_strides, first.dst_offset)
-        if not same_bits(held, _seen(self._source(other), other).to(held.device)):
-            names = self.resolver.src_names
-            text = f"from {names[first.src]} and from {names[other.src]}"
-            raise plan_error([tie_finding(d, text)])
+        whole = replace(other, dst_strides=first.dst_strides, dst_offset=first.dst_offset)
+        for to, source, w in local_writes(whole, d.tensor, self._source(other), d.name):
+            held = view_of(to, w.sizes, w.dst_strides, w.dst_offset)
+            if not same_bits(held, _seen(source, w).to(held.device)):
+                names = self.resolver.src_names
+                text = f"from {names[first.src]} and from {names[other.src]}"
+                raise plan_error([tie_finding(d, text)])
 
     def _source(self, write: Write) -> Any:
         r = self.resolver
@@ -305,9 +326,14 @@ class _Stream:
         for k in self.written:
             d = self.resolver.destinations[k]
             if d.kind in ("parameter", "tensor") and (
-                d.tensor.is_floating_point() or d.tensor.is_complex()
+                d.tensor.dtype.is_floating_point or d.tensor.dtype.is_complex
             ):
-                d.tensor.requires_grad_(self.requires_grad)
+                _shown(d, d.tensor).requires_grad_(self.requires_grad)
+
+
+def _shown(d: Destination, tensor: Any) -> Any:
+    """What the user sees of a destination: of a local tensor its DTensor."""
+    return d.tensor.wrapper if isinstance(d.tensor, Spread) else tensor
 
 
 def _seen(source: Any, write: Write) -> Tensor:

@@ -22,7 +22,7 @@ from .resolve import Resolved, Tie, Write, plan_error
 from .sharding import Axes, axes_by_rank, is_sharded, place_of, spread_finding, spread_of
 from .sources.spread import Spread, SpreadPart
 
-__all__ = ["local_pairs", "localize"]
+__all__ = ["local_pairs", "local_tensor", "local_writes", "localize"]
 
 _HINT = "paramkit.distributed.plan moves what other ranks hold"
 
@@ -109,6 +109,54 @@ def local_pairs(
         )
         out_srcs.append(view_of(cut.source_tensors[w.src], w.sizes, w.src_strides, w.src_offset))
     return out_dsts, out_srcs
+
+
+def local_tensor(tensor: Any) -> Any:
+    """Of a tensor in parts what this process holds, None for nothing; any other tensor itself."""
+    if not isinstance(tensor, Spread):
+        return tensor
+    return next((part.held for part in tensor.parts if part.held is not None), None)
+
+
+def local_writes(write: Write, dst: Any, src: Any, name: str) -> list[tuple[Any, Any, Write]]:
+    """One write, cut by the parts of its two tensors.
+
+    Returns:
+        (destination, source, write between them), with local tensors.
+
+    Raises:
+        PlanError: a value that is written here is held elsewhere.
+    """
+    if not isinstance(dst, Spread) and not isinstance(src, Spread):
+        return [(dst, src, write)]
+    geometry = (
+        write.sizes,
+        write.dst_strides,
+        write.dst_offset,
+        write.src_strides,
+        write.src_offset,
+    )
+    pieces, complete = _pieces(geometry, dst, src, False)
+    if not complete:
+        raise plan_error([_elsewhere(name, "the source")])
+    out = []
+    for first, second, cut in pieces:
+        held = [
+            t.parts[k].held if isinstance(t, Spread) else t
+            for t, k in ((dst, first), (src, second))
+        ]
+        out.append((held[0], held[1], Write(write.dst, write.src, *cut, write.text)))
+    return out
+
+
+def _elsewhere(name: str, source: str) -> Finding:
+    return Finding(
+        name,
+        "layout",
+        f"values of {source} that another rank holds",
+        "values that this rank can read",
+        _HINT,
+    )
 
 
 class _Localizer:
@@ -218,15 +266,7 @@ class _Localizer:
         return out
 
     def _elsewhere(self, name: str, src: int) -> None:
-        self.findings.append(
-            Finding(
-                name,
-                "layout",
-                f"values of {self.resolved.source_names[src]} that another rank holds",
-                "values that this rank can read",
-                _HINT,
-            )
-        )
+        self.findings.append(_elsewhere(name, self.resolved.source_names[src]))
 
     # -- cutting --
 

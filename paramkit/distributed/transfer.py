@@ -219,7 +219,7 @@ class Transfer:
         talk = self._talk
         if talk.rank != 0:
             progress = None
-        if any(talk.gather(source is not None)):
+        if any(given for (given,) in talk.numbers([source is not None])):
             self._compile(source if source is not None else self._source)
         start = perf_counter()
         if self._from_files:
