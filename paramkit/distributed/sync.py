@@ -14,9 +14,11 @@ from ..errors import PlanError
 from ..plan import Options
 from ..rules import Rule
 from ..torn import Torn
+from .buckets import Bucket
+from .summary import explained
 from .talk import Talk
-from .transfer import explained, pass_over
-from .work import Bucket, Want, Work
+from .transfer import pass_over
+from .work import Want, Work
 
 __all__ = ["Sync", "SyncReport"]
 
@@ -174,7 +176,8 @@ class Sync:
         if not self._want.stream:
             raise PlanError("made without stream=True: call step().")
         for k in self._passes():
-            yield self._work.bucket(k)
+            assert self._work.buckets is not None
+            yield self._work.buckets[k]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """A step, on a rank that takes a stream: (name, tensor), as engines' `load_weights` take them.

@@ -18,10 +18,11 @@ from ..torn import Torn, clear, mark, reason_of
 from .agree import agree_on
 from .errors import SyncError
 from .run import Course, Stopped
+from .summary import explained
 from .talk import Talk
 from .work import Want, Work
 
-__all__ = ["Transfer", "explained", "pass_over", "plan", "transplant"]
+__all__ = ["Transfer", "pass_over", "plan", "transplant"]
 
 Progress = Callable[[int, int], object]
 Model: TypeAlias = "nn.Module | Mapping[str, Tensor]"
@@ -255,30 +256,6 @@ class Transfer:
 
     def __repr__(self) -> str:
         return f"<paramkit.distributed.Transfer: rank {self._talk.rank} of {self._talk.size}>"
-
-
-def explained(work: Work) -> str:
-    """A rank's part of a transfer, in a few lines."""
-    s, talk = work.summary, work.talk
-    lines = [
-        f"rank {talk.rank} of {talk.size}: {len(s.names)} tensors, {s.bytes:,} bytes written; "
-        f"{s.routes.get('held here', 0)} pieces held here, {s.routes.get('received', 0)} received"
-    ]
-    for traffic in work.passes[:1]:
-        for number, stream in enumerate(traffic.streams):
-            sizes = [
-                m.bytes
-                for r in traffic.rounds
-                for n, _, m in (*r.sends, *r.receives)
-                if n == number
-            ]
-            to = ", ".join(map(str, stream.receivers))
-            lines.append(
-                f"rank {stream.sender} -> {to}: {len(stream.pieces)} pieces, "
-                f"{sum(sizes):,} bytes in {len(sizes)} messages"
-            )
-        lines.append(f"staging: {traffic.staging:,} bytes")
-    return "\n".join(lines)
 
 
 def pass_over(work: Work, version: int, progress: Progress | None, model: object) -> Any:

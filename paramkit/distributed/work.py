@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
-from operator import attrgetter, is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,27 +17,28 @@ from ..before import tie_findings
 from ..boxes import placed
 from ..casting import may_overflow, overflow_finding, overflows
 from ..destinations import Destination
-from ..errors import Finding, PlanError, dtype_text
+from ..errors import Finding, PlanError
 from ..fills import Constant, Mean
-from ..judge import slots_of
-from ..localize import localize
+from ..localize import local_tensor, localize
 from ..pieces import view_of
 from ..plan import Options
-from ..report import Cast, Summary
 from ..resolve import Tie, Write, plan_error, resolve
 from ..sharding import unsharded_finding
-from ..sources.lazy import Lazy, reach
-from ..sources.spread import Spread
+from ..sources.lazy import Lazy
+from ..sources.spread import Spread, SpreadPart, whole_axes
 from ..stream import Streamed
 from ..torn import Torn
 from .agree import Common, agree_on
+from .buckets import Buckets
 from .layout import Tensors, describe_model, describe_source, shards_of, spreads
 from .routes import Piece, Stream, degree, route
 from .run import Course, Run
+from .summary import summary_of_work
 from .talk import Talk
 from .traffic import ALIGN, HEADER, Locals, Traffic, wire_dtype
+from .watch import Watch, meeting_findings
 
-__all__ = ["Bucket", "Entry", "Want", "Work"]
+__all__ = ["Want", "Work"]
 
 Progress = Callable[[int, int], object]
 # A message of less would be all header and latency.
@@ -75,33 +75,6 @@ class Want:
         said["bucket_bytes"] = repr(self.capacity)
         said["checksum"] = repr(self.sums)
         return said
-
-
-class Entry(NamedTuple):
-    """A tensor in a bucket: `offset` in bytes from its begin."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-
-
-class Bucket(NamedTuple):
-    """Whole tensors one behind the other.
-
-    Attributes:
-        buffer: shape [bytes], uint8. It is used again for the next bucket.
-        entries: what lies where in it.
-    """
-
-    buffer: Tensor
-    entries: tuple[Entry, ...]
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Views of the buffer, by name."""
-        for name, dtype, shape, offset in self.entries:
-            size = prod(shape) * dtype.itemsize
-            yield name, self.buffer[offset : offset + size].view(dtype).view(shape)
 
 
 class Work:
@@ -150,6 +123,11 @@ class Work:
         self.routes, findings = route(self.resolved, common, self.talk.rank)
         if self.talk.rank in common.dst.ranks:
             findings += self._fill_findings()
+        if common.streams:
+            findings += [
+                Finding(name, "kept", "written in part", "all of a tensor that a stream gives out")
+                for name in self.resolved.partial
+            ]
         self._ties = self._comparable(findings)
         if findings:
             raise plan_error(findings)
@@ -226,49 +204,77 @@ class Work:
         return max(min(each, 32 << 20) // ALIGN * ALIGN, LEAST)
 
     def _build(self) -> None:
-        self._buckets = self._bucketed() if self.common.streams else []
-        self._locals()
-        self._check_memory()
         device = torch.device("cuda", torch.cuda.current_device()) if self._wire_on_gpu() else None
-        groups: list[tuple[list[Stream], list[Piece]]]
-        if self._buckets:
-            groups = [self._of_bucket(k) for k in range(len(self._buckets))]
-        else:
-            groups = [(self.routes.streams, self.routes.here)]
+        self._locals(device or torch.device("cpu"))
+        groups = [self._of_pass(k) for k in range(len(self.buckets) if self.buckets else 1)]
+        own, wire, sums = self.own, self.wire, self.want.sums[1]
         self.passes = [
-            Traffic(
-                streams,
-                self.talk.rank,
-                self.own,
-                self.wire,
-                self.capacity,
-                self.want.sums[1],
-                device,
-            )
-            for streams, _ in groups
+            Traffic(streams, self.talk.rank, own, wire, self.capacity, sums, device)
+            for streams, _, _ in groups
         ]
-        self._direct = [self._direct_plan(here) for _, here in groups]
-        self._watch()
-        self.summary = self._summary()
+        self._direct = [self._direct_plan(here, made) for _, here, made in groups]
+        written = {w.dst for w in self.resolved.writes}
+        dsts = [] if self.dst is None else self.dst.destinations
+        self._watch = Watch(
+            ([d for k, d in enumerate(dsts) if k in written], self.want.model),
+            ([] if self.src is None else self.src.destinations, self.want.source),
+        )
+        self.summary = summary_of_work(self)
 
     def _wire_on_gpu(self) -> bool:
         kinds = {device.type for device in self.talk.group._device_types}
         return "cuda" in kinds and (self.common.cuda or "cpu" not in kinds)
 
-    def _locals(self) -> None:
+    def _locals(self, device: torch.device) -> None:
         """The local tensors of every write: of destinations, of sources."""
-        dst = [_held(t) for t in self._spreads]
-        if self.talk.rank in self.common.streams:
-            dst = self._bucket_tensors()
-        src = [_held(t) if isinstance(t, Spread) else t for t in self.resolved.source_tensors]
-        self._dst_tensors = dst
+        resolved, common = self.resolved, self.common
+        self.buckets: Buckets | None = None
+        if common.streams:
+            order = dict.fromkeys(w.dst for w in resolved.writes)
+            self.buckets = Buckets(common.dst.description, order, self.capacity)
+            if self.talk.rank in common.streams:
+                for k, view in self.buckets.allocate(device).items():
+                    spread = self._spreads[k]
+                    part = SpreadPart(whole_axes(tuple(spread.shape)), view)
+                    self._spreads[k] = Spread(spread.shape, spread.dtype, (part,), spread.key)
+                    resolved.destinations[k].tensor = self._spreads[k]
+        dst = list(map(local_tensor, self._spreads))
+        src = list(map(local_tensor, resolved.source_tensors))
         self.own = Locals(
-            [dst[w.dst] for w in self.resolved.writes], [src[w.src] for w in self.resolved.writes]
+            [dst[w.dst] for w in resolved.writes], [src[w.src] for w in resolved.writes]
+        )
+        if self.talk.rank in common.streams:
+            return  # buckets are memory of their own, used again and again
+        written = {w.dst: resolved.destinations[w.dst].name for w in resolved.writes}
+        findings = meeting_findings(
+            [(name, dst[k]) for k, name in written.items() if dst[k] is not None],
+            [(n, t) for n, t in zip(resolved.source_names, src) if isinstance(t, Tensor)],
+        )
+        if findings:
+            raise plan_error(findings)
+
+    def _of_pass(self, k: int) -> tuple[list[Stream], list[Piece], list[Write]]:
+        """What is sent, what is copied here, and what rules fill with, in one pass."""
+        resolved, routes = self.resolved, self.routes
+        first = len(resolved.source_tensors) - resolved.made
+        made = [w for w in resolved.writes if w.src >= first]
+        if self.buckets is None:
+            return routes.streams, routes.here, made
+        own = set(self.buckets.numbers[k])
+        streams = [
+            Stream(
+                s.sender, s.receivers, [p for p in s.pieces if resolved.writes[p.write].dst in own]
+            )
+            for s in routes.streams
+        ]
+        return (
+            [s for s in streams if s.pieces],
+            [p for p in routes.here if resolved.writes[p.write].dst in own],
+            [w for w in made if w.dst in own],
         )
 
-    def _direct_plan(self, here: Sequence[Piece]) -> Any:
+    def _direct_plan(self, here: Sequence[Piece], made: Sequence[Write]) -> Any:
         """What this rank holds itself, and what rules fill with."""
-        resolved, rank = self.resolved, self.talk.rank
         dsts: list[Any] = []
         srcs: list[Any] = []
         numbers: dict[tuple[bool, int], int] = {}
@@ -285,143 +291,20 @@ class Work:
             dst, src = self.own.dst[i], self.own.src[i]
             to, from_ = placed(box.first, dst.stride()), placed(box.second, src.stride())
             writes.append(Write(number(dst, dsts), number(src, srcs), box.sizes, *to, *from_))
-        if resolved.made and rank in self.common.dst.ranks and not self._buckets:
-            first = len(resolved.source_tensors) - resolved.made
-            made = [w for w in resolved.writes if w.src >= first]
-            cut = localize(replace(resolved, writes=made, ties=[]))
+        if made and self.talk.rank in self.common.dst.ranks:
+            cut = localize(replace(self.resolved, writes=list(made), ties=[]))
+            filled = [t.beside() if isinstance(t, Constant) else t for t in cut.source_tensors]
             for w in cut.writes:
-                source = cut.source_tensors[w.src]
-                if isinstance(source, Constant):
-                    source = source.beside()
-                    cut.source_tensors[w.src] = source
-                dst = cut.destinations[w.dst].tensor
-                writes.append(replace(w, dst=number(dst, dsts), src=number(source, srcs)))
+                dst = number(cut.destinations[w.dst].tensor, dsts)
+                writes.append(replace(w, dst=dst, src=number(filled[w.src], srcs)))
         if not writes:
             return None
         active = backend.active()
         if any(isinstance(s, Lazy) for s in srcs):
             return Streamed(active, dsts, srcs, writes, [], self.want.options.staging)
-        plain = [w.plain(w.dst, w.src) for w in writes]
-        return active.Plan(dsts, srcs, plain, [], False, False)
-
-    def _check_memory(self) -> None:
-        """No element is written twice, and nothing that is read or sent is written."""
-        if self.talk.rank in self.common.streams:
-            return  # the bucket is memory of its own, used again and again
-        written = {w.dst for w in self.resolved.writes}
-        spans: list[tuple[int, int, bool, str]] = []
-        for k, d in enumerate(self.resolved.destinations):
-            if k in written and self._dst_tensors[k] is not None:
-                spans.append((*_span(self._dst_tensors[k]), True, d.name))
-        seen: set[int] = set()
-        for i, tensor in enumerate(self.own.src):
-            if isinstance(tensor, Tensor) and id(tensor) not in seen:
-                seen.add(id(tensor))
-                name = self.resolved.source_names[self.resolved.writes[i].src]
-                spans.append((*_span(tensor), False, name))
-        findings = []
-        # That the writes of one tensor do not meet is proved; here tensors must not.
-        ends: dict[bool, tuple[int, str]] = {True: (0, ""), False: (0, "")}
-        for begin, end, is_dst, name in sorted(s for s in spans if s[0] < s[1]):
-            for other in (True, False) if is_dst else (True,):
-                if begin >= ends[other][0]:
-                    continue
-                pair = (name, ends[other][1]) if is_dst else (ends[other][1], name)
-                findings.append(
-                    Finding(
-                        pair[0],
-                        "conflict",
-                        f"memory that is also that of {pair[1]}{'' if other and is_dst else ', which is read'}",
-                        "tensors apart from each other",
-                        "clone() one of them",
-                    )
-                )
-            ends[is_dst] = max(ends[is_dst], (end, name))
-        if findings:
-            raise plan_error(findings)
-
-    # -- buckets --
-
-    def _bucketed(self) -> list[list[int]]:
-        """Destinations by bucket, in the order of the writes."""
-        limit = self.capacity
-        d = self.common.dst.description
-        out: list[list[int]] = []
-        at = 0
-        for k in dict.fromkeys(w.dst for w in self.resolved.writes):
-            size = _aligned(prod(d.shapes[k]) * d.dtypes[k].itemsize)
-            if not out or at + size > limit:
-                out.append([])
-                at = 0
-            out[-1].append(k)
-            at += size
-        return out
-
-    def _of_bucket(self, k: int) -> tuple[list[Stream], list[Piece]]:
-        own = set(self._buckets[k])
-        writes = self.resolved.writes
-        streams = [
-            Stream(s.sender, s.receivers, [p for p in s.pieces if writes[p.write].dst in own])
-            for s in self.routes.streams
-        ]
-        here = [p for p in self.routes.here if writes[p.write].dst in own]
-        return [s for s in streams if s.pieces], here
-
-    def _bucket_tensors(self) -> list[Any]:
-        """Memory for one bucket, and all tensors as views of it."""
-        d = self.common.dst.description
-        self.entries: list[tuple[Entry, ...]] = []
-        most = 0
-        for own in self._buckets:
-            at, entries = 0, []
-            for k in own:
-                entries.append(Entry(d.names[k], d.dtypes[k], d.shapes[k], at))
-                at += _aligned(prod(d.shapes[k]) * d.dtypes[k].itemsize)
-            most = max(most, at)
-            self.entries.append(tuple(entries))
-        device = "cuda" if self._wire_on_gpu() else "cpu"
-        self.buffer = torch.empty(most, dtype=torch.uint8, device=device)
-        out: list[Any] = [None] * len(d.names)
-        for own, entries_ in zip(self._buckets, self.entries):
-            views = Bucket(self.buffer, entries_).tensors()
-            for k, (_, view) in zip(own, views):
-                out[k] = view
-        return out
-
-    def bucket(self, k: int) -> Bucket:
-        """What the pass of this number brought."""
-        entries = self.entries[k]
-        last = entries[-1]
-        end = last.offset + prod(last.shape) * last.dtype.itemsize
-        return Bucket(self.buffer[:end], entries)
+        return active.Plan(dsts, srcs, [w.plain(w.dst, w.src) for w in writes], [], False, False)
 
     # -- running --
-
-    def _watch(self) -> None:
-        """What has to be as it was, for the plans to run again."""
-        written = {w.dst for w in self.resolved.writes}
-        slots: list[Any] = []
-        self._slot_names: list[str] = []
-        listed = [(self.dst, self.want.model, written), (self.src, self.want.source, None)]
-        self._wrapped: list[Any] = []
-        self._own_locals: list[Any] = []
-        self._bumped: list[Any] = []
-        for side, given, chosen in listed:
-            if side is None:
-                continue
-            found = side.destinations
-            if chosen is not None:
-                found = [d for k, d in enumerate(found) if k in chosen]
-            table = given if isinstance(given, dict) else None
-            more, names = slots_of(found, table)
-            slots += more
-            self._slot_names += names
-            sharded = [t for t in (d.tensor for d in found) if hasattr(t, "_local_tensor")]
-            self._wrapped += sharded
-            if chosen is not None:
-                self._bumped += sharded
-        self._own_locals = list(map(attrgetter("_local_tensor"), self._wrapped))
-        self._slots = backend.active().Plan([], [], [], slots, False, False)
 
     def check(self) -> None:
         """Raise if something is not what it was compiled for, or values should not be written.
@@ -429,39 +312,12 @@ class Work:
         Raises:
             PlanError: nothing was sent.
         """
-        findings = [
-            Finding(
-                self._slot_names[k],
-                "replaced",
-                "another object in the model",
-                "the one planned for",
-                "make it again, or rebuild()",
-            )
-            for k in self._slots.replaced()
-        ]
-        now = map(attrgetter("_local_tensor"), self._wrapped)
-        if not all(map(is_, now, self._own_locals)):
-            findings.append(
-                Finding(
-                    "shards",
-                    "moved",
-                    "other local tensors of DTensors",
-                    "those planned for",
-                    "rebuild()",
-                )
-            )
+        findings = self._watch.findings()
         for found in self._plans():
             dsts, srcs = found.moved()
             if dsts or srcs:
-                findings.append(
-                    Finding(
-                        "tensors",
-                        "moved",
-                        "other memory or another layout",
-                        "as planned for",
-                        "rebuild()",
-                    )
-                )
+                text = "other memory or another layout"
+                findings.append(Finding("tensors", "moved", text, "as planned for", "rebuild()"))
                 break
         gathered = unsharded_finding(self.want.model)
         if gathered is not None:
@@ -502,8 +358,7 @@ class Work:
         Raises:
             SyncError: a rank could not be reached.
         """
-        if self._bumped:
-            torch.autograd.graph.increment_version(self._bumped)
+        self._watch.bump()
         for k, traffic in enumerate(self.passes):
             Run(
                 self.talk,
@@ -537,43 +392,6 @@ class Work:
             left.update((self.names[i], None) for i, _ in self.routes.here)
         left.update((self.names[i], None) for i in course.wrong)
         return [n for n in self.summary.names if n not in left], list(left)
-
-    def _summary(self) -> Summary:
-        resolved, rank = self.resolved, self.talk.rank
-        received = [p for s in self.routes.streams if rank in s.receivers for p in s.pieces]
-        mine = [*self.routes.here, *received]
-        n = written = read = 0
-        names: dict[str, None] = {}
-        casts: dict[tuple[str, str], Cast] = {}
-        for i, box in mine:
-            w, count = resolved.writes[i], prod(box.sizes)
-            src, dst = resolved.source_tensors[w.src].dtype, self.dst_dtypes[i]
-            n += count
-            written += count * dst.itemsize
-            read += count * self.wire[i].itemsize
-            names[self.names[i]] = None
-            if src != dst:
-                source = resolved.source_names[w.src]
-                cast = Cast(self.names[i], source, dtype_text(src), dtype_text(dst))
-                casts[self.names[i], source] = cast
-        first = len(resolved.source_tensors) - resolved.made
-        if rank in self.common.dst.ranks:
-            for k, w in enumerate(resolved.writes):
-                if w.src >= first:
-                    names[self.names[k]] = None
-        routes = {"held here": len(self.routes.here), "received": len(received)}
-        return Summary(
-            tuple(names),
-            len(mine),
-            n,
-            written,
-            written + read,
-            tuple(casts.values()),
-            (*resolved.kept, *(f"{name} (in part)" for name in resolved.partial)),
-            tuple(resolved.dropped),
-            routes,
-            backend.active().NAME,
-        )
 
 
 @contextmanager
@@ -615,10 +433,6 @@ def _describe(talk: Talk, want: Want) -> tuple[Tensors | None, Tensors | None]:
     return dst, src
 
 
-def _held(spread: Spread) -> Any:
-    return next((part.held for part in spread.parts if part.held is not None), None)
-
-
 def _is_here(spread: Spread) -> bool:
     held = [prod(part.shape) for part in spread.parts if part.held is not None]
     return sum(held) >= spread.numel()
@@ -630,17 +444,3 @@ def _in_full(common: Common, source: int) -> set[int]:
     shards = shards_of(common.src.held[source], shape)
     whole = [s for s in shards if prod(sum(g.length for g in a) for a in s.axes) == prod(shape)]
     return {rank for shard in whole for rank in shard.ranks}
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """The addresses from the first to behind the last element."""
-    if not tensor.numel() or tensor.device.type != "cpu":
-        return 0, 0
-    begin = tensor.data_ptr()
-    if tensor.is_contiguous():
-        return begin, begin + tensor.numel() * tensor.element_size()
-    return begin, begin + reach(tensor.shape, tensor.stride()) * tensor.element_size()
-
-
-def _aligned(size: int) -> int:
-    return -(-size // 64) * 64
