@@ -239,7 +239,8 @@ def spread_finding(name: str, spread: Spread, destination: bool) -> Finding | No
             "module.to_empty(device=...) gives a sharded module memory",
         )
     if spread.parts:
-        if local.shape != place.shape:
+        # An empty shard of several axes is (0, 0) after fully_shard, whatever its sizes are.
+        if local.shape != place.shape and (local.numel() or 0 not in place.shape):
             return Finding(
                 name,
                 "layout",

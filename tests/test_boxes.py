@@ -168,7 +168,7 @@ def reached(box: Box, side: Side, shape: Sequence[int] | None) -> list[int]:
         assert n > 0 and step >= 0
         if n > 1 and step:
             top[axis] += (n - 1) * step
-    assert all(0 <= low and high < n for low, high, n in zip(side.base, top, shape)), (side, shape)
+    assert all(low >= 0 and high < n for low, high, n in zip(side.base, top, shape)), (side, shape)
     return addresses(box.sizes, *placed(side, contiguous_strides(shape)))
 
 
