@@ -106,8 +106,8 @@ def _dense(t: Tensor) -> bool:
 
 
 def _has_shape(t: Tensor) -> bool:
-    """Whether the shape of a tensor is what it says, and may be asked for."""
-    return not (
+    """Whether the shape of a tensor, or of one in parts, is what it says, and may be asked for."""
+    return not isinstance(t, torch.Tensor) or not (
         t.is_nested
         or isinstance(t, (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer))
         or torch._C._functorch.is_functorch_wrapped_tensor(t)
