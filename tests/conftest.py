@@ -12,7 +12,7 @@ import torch
 
 import paramkit
 from paramkit.backend import loader
-from tests import emulation
+from tests import emulation, ranks
 from tests.routes import TRANSFERS
 
 CAPABILITIES = ("scalar", "avx2", "avx512")
@@ -105,6 +105,15 @@ def stream_stores() -> Callable[[bool], AbstractContextManager[None]]:
             extension.set_stream_bytes(before)
 
     return forced
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_process_stays() -> Iterator[None]:
+    """What tests on several processes have started is gone when the last test is."""
+    yield
+    left = ranks.leftover()
+    ranks.stop()
+    assert left == [] and ranks.leftover() == []
 
 
 @pytest.fixture(autouse=True)

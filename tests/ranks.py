@@ -1,48 +1,58 @@
 """Tests on several processes of a gloo group, each run with a hard timeout.
 
-Importing torch takes seconds; so the processes are forked from a server that has imported it once, and
-has done nothing with it. Whatever happens in a test, no process outlives it.
+    def summed(rank: int, more: int) -> float: ...     # in a test module
+
+    assert ranks.run(summed, 4, 1) == [10.0] * 4
+
+Importing torch takes seconds; so the processes are forked from a server that has imported it once, and has
+done nothing with it (`tests.ranks_server`). Whatever happens in a test, no process outlives it.
+
+Forked processes have one seed of string hashes: an order that differs from rank to rank elsewhere, as that
+of a set of names, is the same here. `torchrun` starts them one by one.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-import ctypes
 import datetime
-import faulthandler
-import multiprocessing
+import json
 import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Collection, Iterable, Mapping
-from importlib import import_module
+from collections.abc import Callable, Collection, Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["RankError", "leftover", "new_group", "run", "torchrun"]
+from tests.ranks_server import Ended, Job, kill_below
+
+__all__ = ["RankError", "die", "leftover", "new_group", "run", "stop", "torchrun"]
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = "PARAMKIT_TEST_RANKS"
 MARK = "PARAMKIT_TEST_MARK"
-_PRELOADED = [
-    "torch",
-    "torch.distributed",
-    "torch.distributed.tensor.parallel",
-    "torch.distributed.fsdp",
-    "torch.distributed.checkpoint",
-    "paramkit.distributed",
-]
-_started: list[Any] = []
+START = 120.0  # seconds for the imports of the server
+GRACE = 30.0  # seconds beyond a timeout for stacks and kills
+SHOWN = 6000  # characters of a rank's output
 
 
 class RankError(AssertionError):
-    """What went wrong on the ranks, with their tracebacks and what they printed."""
+    """What went wrong on the ranks, with their tracebacks and what they printed.
+
+    Attributes:
+        failed: rank -> what went wrong there, in one text.
+    """
+
+    def __init__(self, message: str, failed: Mapping[int, str] | None = None) -> None:
+        super().__init__(message)
+        self.failed = dict(failed or {})
 
 
 def run(
@@ -54,41 +64,121 @@ def run(
     env: Mapping[str, str] | None = None,
     dies: Collection[int] = (),
 ) -> list[Any]:
-    """Call `target(rank, *args)` in each of `world` processes.
+    """Call `target(rank, *args)` in each of `world` processes of a gloo group.
+
+    A process has the environment, the folder and the `sys.path` that are set here, one torch thread, and
+    torch's seed 0.
 
     Args:
-        target: a function of a module.
-        world: how many.
+        target: a function of a module that can be imported.
+        world: how many processes, at most 255.
         args: pickled.
         timeout: seconds; then all processes are killed, and their stacks are shown.
         group_timeout: seconds, of the process group.
         env: set in the processes, beside what is set here.
-        dies: ranks that end without a result; theirs is None.
+        dies: ranks that must end without a result (`die`, a signal); theirs is None.
+
+    Returns:
+        What each rank returned, pickled, in the order of ranks.
 
     Raises:
-        RankError: a rank raised, died or hung.
+        RankError: a rank raised, died or hung, or one of `dies` did not die.
+        ValueError: a target or a rank that cannot be.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    if "<" in target.__qualname__ or target.__module__ == "__main__":
+        raise ValueError(
+            f"target: {target.__module__}.{target.__qualname__} cannot be imported; "
+            "a function at the top of a module can"
+        )
+    if not 1 <= world <= 255 or not set(dies) <= set(range(world)):
+        raise ValueError(f"world: {world}, dies: {sorted(dies)}; expected 1..255, and ranks below")
     folder = Path(tempfile.mkdtemp(prefix="ranks"))
-    environment = {**os.environ, **(env or {}), FOLDER: str(folder)}
-    job = (target.__module__, target.__qualname__, args, world, group_timeout, environment)
-    processes = [
-        context.Process(target=_child, args=(rank, str(folder), *job), daemon=True)
-        for rank in range(world)
-    ]
     try:
-        for process in processes:
-            process.start()
-            _started.append(process)
-        late = not _joined(processes, timeout)
-        if late:
-            _ask_for_stacks(processes)
-        return _results(folder, processes, timeout if late else None, dies)
+        job = Job(
+            folder=str(folder),
+            timeout=timeout,
+            environ={**os.environ, **(env or {}), FOLDER: str(folder)},
+            cwd=str(Path.cwd()),
+            path=_path(),
+            world=world,
+            module=target.__module__,
+            name=target.__qualname__,
+            args=pickle.dumps(args),
+            group_timeout=group_timeout,
+        )
+        return _results(job, _supervised(job), dies)
     finally:
-        for process in processes:
-            _kill(process)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def torchrun(script: str | Path, world: int, *args: str, timeout: float = 120.0) -> str:
+    """Run a script with torchrun, from the root of the repository.
+
+    Returns:
+        What it printed.
+
+    Raises:
+        RankError: it failed, or took longer than `timeout` seconds: then with the stacks.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={world}", str(Path(script).resolve()), *args]
+    folder = Path(tempfile.mkdtemp(prefix="ranks"))
+    more = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONFAULTHANDLER": "1",
+    }
+    try:
+        job = Job(
+            folder=str(folder),
+            timeout=timeout,
+            environ={**os.environ, **more},
+            cwd=str(ROOT),
+            path=_path(),
+            command=command,
+        )
+        (ended,) = _supervised(job)
+        said = _said(folder / "0.out", whole=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if ended.late:
+        raise RankError(f"{script} took longer than {timeout} s:\n{said[-SHOWN:]}")
+    if ended.status:
+        raise RankError(f"{script} {_end(ended)}:\n{said[-SHOWN:]}")
+    return said
+
+
+def leftover() -> list[int]:
+    """Processes that runs of this process have started and that are still there.
+
+    They are known by a mark in their environment, not by their parents: what the server lost is found too.
+    """
+    own = _server.process.pid if _server else None
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            pid = int(path.parent.name)
+            if pid != own and f"{MARK}={_mark()}".encode() in path.read_bytes().split(b"\0"):
+                found.append(pid)
+    return found
+
+
+def stop() -> None:
+    """End the server, and all below it. The next run starts another one."""
+    global _server
+    server, _server = _server, None
+    if server is None or server.owner != os.getpid():
+        return
+    server.control.close()
+    try:
+        server.process.wait(5.0)
+    except subprocess.TimeoutExpired:
+        kill_below(server.process.pid)
+        server.process.kill()
+        server.process.wait()
+
+
+# ---- in a rank -----------------------------------------------------------------------------------
 
 
 def new_group(name: str, rank: int, world: int, timeout: float = 30.0) -> None:
@@ -107,200 +197,157 @@ def new_group(name: str, rank: int, world: int, timeout: float = 30.0) -> None:
     )
 
 
-def torchrun(script: str | Path, world: int, *args: str, timeout: float = 120.0) -> str:
-    """Run a script with torchrun, from the root of the repository.
-
-    Returns:
-        What it printed.
-
-    Raises:
-        RankError: it failed, or took longer than `timeout` seconds.
-    """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={world}", str(script), *args]
-    mark = f"{os.getpid()}.{time.monotonic_ns()}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), MARK: mark}
-    with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT
-        )
-        try:
-            late = False
-            process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            late = True
-        finally:
-            # torchrun gives each of its processes a session of its own.
-            for pid in _marked(mark):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            process.wait()
-        out.seek(0)
-        said = out.read()
-    if late:
-        raise RankError(f"{script} took longer than {timeout} s:\n{said[-6000:]}")
-    if process.returncode:
-        raise RankError(f"{script} ended with {process.returncode}:\n{said[-6000:]}")
-    return said
-
-
-def _marked(mark: str) -> list[int]:
-    """Processes that have a mark in their environment."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if f"{MARK}={mark}".encode() in path.read_bytes():
-                found.append(int(path.parent.name))
-    return found
-
-
-def leftover() -> list[int]:
-    """Processes that `run` started and that are still there."""
-    return [p.pid for p in _started if p.is_alive() and p.pid is not None]
+def die(rank: int, code: int = 3) -> None:
+    """In a process of `run`: end at once, as a killed process does."""
+    print(f"rank {rank} dies", flush=True)
+    os._exit(code)
 
 
 # ---- this side -----------------------------------------------------------------------------------
 
 
-def _joined(processes: Iterable[Any], timeout: float) -> bool:
-    until = time.monotonic() + timeout
-    for process in processes:
-        process.join(max(0.0, until - time.monotonic()))
-    return not any(p.is_alive() for p in processes)
+class _Server(NamedTuple):
+    process: subprocess.Popen[bytes]
+    control: socket.socket
+    owner: int  # a fork of this process must not talk on the same socket
+    hello: dict[str, Any]
 
 
-def _ask_for_stacks(processes: Iterable[Any]) -> None:
-    for process in processes:
-        if process.is_alive() and process.pid is not None:
-            os.kill(process.pid, signal.SIGUSR1)
-    time.sleep(0.3)
+_server: _Server | None = None
 
 
-def _results(
-    folder: Path, processes: list[Any], timeout: float | None, dies: Collection[int]
-) -> list[Any]:
+def _mark() -> str:
+    return f"of {os.getpid()}"
+
+
+def _path() -> list[str]:
+    """`sys.path`, in which `tests` and `paramkit` are those of this repository."""
+    return [str(ROOT), *(str(Path(p or ".").resolve()) for p in sys.path if p != str(ROOT))]
+
+
+def _started() -> _Server:
+    global _server
+    if _server and _server.owner == os.getpid() and _server.process.poll() is None:
+        return _server
+    stop()
+    ours, theirs = socket.socketpair()
+    code = (
+        "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+        "from tests import ranks_server; ranks_server.serve(int(sys.argv[2]))"
+    )
+    # Libraries that make their threads when they are loaded make none.
+    threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}
+    with theirs, tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, json.dumps(_path()), str(theirs.fileno())],
+            cwd=ROOT,
+            env={**os.environ, **threads, MARK: _mark()},
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,  # Ctrl-C is for the tests: they see to the rest
+        )
+        try:
+            theirs.close()
+            ours.settimeout(START)
+            hello = ours.recv(1 << 16)
+            if not hello:
+                raise TimeoutError
+            ours.settimeout(None)
+            _server = _Server(process, ours, os.getpid(), json.loads(hello))
+        except BaseException as error:
+            process.kill()
+            process.wait()
+            ours.close()
+            if not isinstance(error, TimeoutError):
+                raise
+            out.seek(0)
+            raise RankError(f"the fork server did not start:\n{out.read()[-SHOWN:]}") from None
+    return _server
+
+
+atexit.register(stop)
+
+
+def _supervised(job: Job) -> list[Ended]:
+    """Have a supervisor run a job; return or raise when nothing of it is there any more."""
+    server = _started()
+    job.environ[MARK] = _mark()
+    ours, theirs = socket.socketpair()
+    with ours, Connection(os.dup(ours.fileno())) as connection:
+        with theirs:
+            socket.send_fds(server.control, [b"r"], [theirs.fileno()])
+        try:
+            connection.send(job)
+            if not connection.poll(job.timeout + GRACE):
+                raise RankError(f"no answer {GRACE} s after the timeout of {job.timeout} s")
+            answer = connection.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            said = _said(Path(job.folder, "supervisor.out"))
+            raise RankError(f"the supervisor of the run is gone\n{said}") from None
+        finally:
+            # Also after Ctrl-C: the supervisor sees the end of the stream, kills, and closes its own.
+            _wait_for_end(ours, connection)
+    if isinstance(answer, str):
+        raise RankError(f"the run failed:\n{answer}")
+    return list(answer)
+
+
+def _wait_for_end(ours: socket.socket, connection: Connection) -> None:
+    with contextlib.suppress(OSError):
+        ours.shutdown(socket.SHUT_WR)
+    until = time.monotonic() + GRACE
+    while time.monotonic() < until:
+        if connection.poll(0.1):
+            try:
+                connection.recv_bytes()
+            except (EOFError, OSError):
+                return
+    stop()  # kills whatever is there
+
+
+def _results(job: Job, ended: list[Ended], dies: Collection[int]) -> list[Any]:
     found: list[Any] = []
-    wrong: list[str] = []
-    for rank, process in enumerate(processes):
-        path = folder / f"{rank}.result"
-        kind, value = pickle.loads(path.read_bytes()) if path.exists() else ("none", None)
-        found.append(value)
-        if rank in dies and kind == "none" and not process.is_alive():
-            continue
-        if kind == "value":
-            continue
+    wrong: dict[int, str] = {}
+    for rank, end in enumerate(ended):
+        kind, value = _result(Path(job.folder, f"{rank}.result"))
+        found.append(value if kind == "value" else None)
         if kind == "error":
             why = str(value)
-        elif process.is_alive():
-            why = f"still running after {timeout} s"
+        elif end.late:
+            why = f"still running after {job.timeout} s"
+        elif rank in dies:
+            if kind == "none":
+                continue
+            why = "was to end without a result, and has one"
+        elif kind == "value" and not end.status:
+            continue
         else:
-            why = f"ended with {process.exitcode} and no result"
-        out = (folder / f"{rank}.out").read_text(errors="replace")[-6000:]
-        wrong.append(f"---- rank {rank}: {why}\n{out}")
+            why = f"{_end(end)} and {'a' if kind == 'value' else 'no'} result"
+        wrong[rank] = f"{why}\n{_said(Path(job.folder, f'{rank}.out'))}"
     if wrong:
-        raise RankError("\n".join(wrong))
+        raise RankError("\n".join(f"---- rank {r}: {text}" for r, text in wrong.items()), wrong)
     return found
 
 
-def _kill(process: Any) -> None:
-    if process.pid is None:
-        return
-    if process.is_alive():
-        _kill_group(process.pid)
-        process.join(5)
-    _kill_group(process.pid)  # what it started itself
-
-
-def _kill_group(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
-
-
-# ---- that side -----------------------------------------------------------------------------------
-
-
-def _child(
-    rank: int,
-    folder: str,
-    module: str,
-    name: str,
-    args: tuple[Any, ...],
-    world: int,
-    group_timeout: float,
-    environment: dict[str, str],
-) -> None:
-    os.setpgid(0, 0)
-    # The server is the parent, and ends with the process that runs the tests.
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    out = os.open(f"{folder}/{rank}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
-    sys.stdout = sys.stderr = open(out, "w", buffering=1, closefd=False)  # noqa: SIM115
-    faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
-    os.environ.clear()
-    os.environ.update(environment)
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
+def _result(path: Path) -> tuple[str, Any]:
+    if not path.exists():
+        return "none", None
     try:
-        said: tuple[str, Any] = (
-            "value",
-            _called(rank, folder, module, name, args, world, group_timeout),
-        )
-        data = pickle.dumps(said)
-    except BaseException:
-        data = pickle.dumps(("error", traceback.format_exc()))
-    path = Path(folder, f"{rank}.result")
-    path.with_suffix(".part").write_bytes(data)
-    path.with_suffix(".part").rename(path)
-    sys.stdout.flush()
-    # Threads of a group whose other ranks are gone would be waited for.
-    os._exit(0)
+        with path.open("rb") as file:
+            kind, value = pickle.load(file)
+    except Exception as error:
+        return "error", f"its result cannot be read: {type(error).__name__}: {error}"
+    return kind, value
 
 
-def _called(
-    rank: int,
-    folder: str,
-    module: str,
-    name: str,
-    args: tuple[Any, ...],
-    world: int,
-    group_timeout: float,
-) -> Any:
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(f"{folder}/store", world),
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=group_timeout),
-    )
-    target: Any = import_module(module)
-    for part in name.split("."):
-        target = getattr(target, part)
-    result = target(rank, *args)
-    # A rank that has finished stays until all have: its end would be another one's error.
-    Path(folder, f"{rank}.done").touch()
-    until = time.monotonic() + group_timeout
-    while time.monotonic() < until:
-        ended = [
-            Path(folder, f"{r}.{what}").exists()
-            for r in range(world)
-            for what in ("done", "result")
-        ]
-        if all(any(ended[2 * r : 2 * r + 2]) for r in range(world)) or _some_died(folder, world):
-            break
-        time.sleep(0.002)
-    return result
+def _end(ended: Ended) -> str:
+    if ended.status is not None and ended.status < 0:
+        return f"was killed by {signal.Signals(-ended.status).name}"
+    return f"ended with {ended.status}"
 
 
-def _some_died(folder: str, world: int) -> bool:
-    return any(Path(folder, f"{r}.dead").exists() for r in range(world))
-
-
-def die(rank: int, code: int = 3) -> None:
-    """In a process of `run`: end at once, as a killed process does."""
-    Path(os.environ[FOLDER], f"{rank}.dead").touch()
-    os._exit(code)
+def _said(path: Path, whole: bool = False) -> str:
+    said = path.read_text(errors="replace") if path.exists() else ""
+    return said if whole else said[-SHOWN:]
