@@ -10,7 +10,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -30,18 +29,16 @@ __all__ = ["LAYOUTS", "arrange", "assert_holds", "local_of", "sharded"]
 LAYOUTS: dict[str, Any] = {
     "plain": None,
     "first rank": None,
-    "two ranks": None,
     "fsdp": ((4,), (0, 1, 2, 3), (Shard(0),)),
     "columns": ((4,), (3, 1, 0, 2), (Shard(1),)),
     "replicated": ((4,), (0, 1, 2, 3), (Replicate(),)),
     "hsdp": ((2, 2), (0, 1, 2, 3), (Replicate(), Shard(0))),
-    "tp": ((2, 2), (0, 2, 1, 3), (Replicate(), Shard(1))),
     "2-d": ((2, 2), (0, 1, 2, 3), (_StridedShard(0, split_factor=2), Shard(0))),
     "2-d both": ((2, 2), (0, 1, 2, 3), (Shard(1), Shard(0))),
     "subset": ((2,), (1, 2), (Shard(0),)),
     "three": ((3,), (3, 0, 1), (Shard(1),)),
 }
-_PLAIN = {"plain": (0, 1, 2, 3), "first rank": (0,), "two ranks": (1, 3)}
+_PLAIN = {"plain": (0, 1, 2, 3), "first rank": (0,)}
 
 
 @lru_cache
@@ -144,8 +141,3 @@ def sharded(model: nn.Module, kind: str, ranks: tuple[int, ...]) -> nn.Module:
                 fully_shard(child, mesh=mesh["a"] if kind == "2-d" else mesh)
         fully_shard(model, mesh=mesh["a"] if kind == "2-d" else mesh)
     return model
-
-
-def is_member(ranks: tuple[int, ...]) -> bool:
-    """Whether this process is one of them."""
-    return dist.get_rank() in ranks
