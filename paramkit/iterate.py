@@ -252,15 +252,15 @@ class _Stream:
         self.done += len(writes)
         ties = r.proof.ties[self.tied :]
         self.tied += len(ties)
+        if dsts and self.journal is not None:
+            self.journal.note(dsts)
+        # Also where the shard of this rank is empty. What autograd saved is the DTensor.
+        self.written.update(w.dst for w in writes)
+        if wrappers:
+            torch.autograd.graph.increment_version(wrappers)
         if dsts:
-            if self.journal is not None:
-                self.journal.note(dsts)
-            if wrappers:  # what autograd saved is the DTensor
-                torch.autograd.graph.increment_version(wrappers)
-            with torch.no_grad():
-                self.written.update(w.dst for w in writes)
-                with backend.trace() as traced:
-                    foreach_copy_(dsts, srcs)
+            with torch.no_grad(), backend.trace() as traced:
+                foreach_copy_(dsts, srcs)
             self.routes.update(traced.routes)
             self.sure = self.done
             self.bytes += sum(d.nbytes for d in dsts)

@@ -81,7 +81,11 @@ def _is_standard(module: nn.Module) -> bool:
         load in (nn.Module._load_from_state_dict, _NormBase._load_from_state_dict)
         and "_load_from_state_dict" not in vars(module)
         and type(module).set_extra_state is nn.Module.set_extra_state
-        and not module._load_state_dict_pre_hooks
+        # A pre-hook may be wrapped, to be given its module.
+        and all(
+            in_place_is_fine(getattr(hook, "hook", hook))
+            for hook in module._load_state_dict_pre_hooks.values()
+        )
         and all(in_place_is_fine(hook) for hook in module._load_state_dict_post_hooks.values())
     )
 
@@ -96,7 +100,7 @@ class _Recorder(TorchFunctionMode):
         self.srcs: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.copy_ and id(args[0]) in self.own and len(args) == 2 and not kwargs:
+        if func is Tensor.copy_ and len(args) == 2 and not kwargs and self._is_own(args[0]):
             # torch collects what this raises and puts it into its own message.
             if not is_sharded(args[0]):
                 with torch.no_grad():
@@ -105,6 +109,10 @@ class _Recorder(TorchFunctionMode):
             self.srcs.append(args[1])
             return args[0]
         return func(*args, **(kwargs or {}))
+
+    def _is_own(self, tensor: Tensor) -> bool:
+        # FSDP's hooks put shards in the place of gathered parameters while the model is loaded.
+        return id(tensor) in self.own or is_sharded(tensor)
 
 
 def _load_recorded(

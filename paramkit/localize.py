@@ -186,6 +186,7 @@ class _Localizer:
             if not (complete and self._complete_elsewhere(w)):
                 self._elsewhere(r.destinations[w.dst].name, w.src)
             later.append((w, pieces))
+        later += self._untouched(later)
         # What rules fill with stays behind the tensors of the source.
         for made in (False, True):
             for w, pieces in later:
@@ -210,6 +211,23 @@ class _Localizer:
             made=made_here,
         )
 
+    def _untouched(
+        self, found: Sequence[tuple[Write, list[_Piece]]]
+    ) -> list[tuple[Write, list[_Piece]]]:
+        """Writes of nothing into destinations of which nothing is held here.
+
+        They are written all the same: a plan names them, sees that they were replaced, and sets whether they
+        require grad, as on every other rank.
+        """
+        touched = {w.dst for w, pieces in found if pieces}
+        rest = {w.dst: w for w, _ in reversed(found) if w.dst not in touched}
+        nothing: Geometry = ((0,), (1,), 0, (1,), 0)
+        return [
+            (w, [_Piece(0, _first_held(self.srcs[w.src]), nothing)])
+            for w in rest.values()
+            if isinstance(self.dsts[w.dst], Spread)
+        ]
+
     def _destination(self, d: Any) -> Any:
         if not isinstance(d.tensor, Spread):
             return d
@@ -229,7 +247,9 @@ class _Localizer:
             if isinstance(tensor, Mean):
                 tensor = self._mean(src, tensor)
             self.names.append(self.resolved.source_names[src])
-            self.tensors.append(tensor.parts[part].held if isinstance(tensor, Spread) else tensor)
+            if isinstance(tensor, Spread):
+                tensor = tensor.parts[part].held if part >= 0 else _nothing(tensor)
+            self.tensors.append(tensor)
         return number
 
     def _mean(self, src: int, mean: Mean) -> Mean:
@@ -350,6 +370,11 @@ def _parts(tensor: Any) -> list[tuple[int, SpreadPart | None]]:
     if not isinstance(tensor, Spread):
         return [(0, None)]
     return [(k, part) for k, part in enumerate(tensor.parts) if part.held is not None]
+
+
+def _first_held(tensor: Any) -> int:
+    """The number of a part that is held here, -1 for none."""
+    return next((k for k, _ in _parts(tensor)), -1)
 
 
 def _geometry(box: Box, first: SpreadPart | None, second: SpreadPart | None) -> Geometry:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from abc import ABCMeta
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import TracebackType
 from typing import Any
@@ -20,13 +20,15 @@ from torch import Tensor, nn
 
 from . import backend
 from .backend import checks
+from .conflicts import find_conflicts
 from .destinations import Destination, destinations_of, layout_finding, named_destinations
 from .errors import Finding, PlanError, UnknownNameError, suggest
 from .fills import beside
+from .judge import conflict_finding
 from .lists import NUMBERS
 from .localize import localize
 from .plan import Plan
-from .resolve import Resolved, Write
+from .resolve import Resolved, Write, plan_error
 from .sharding import is_sharded, spread_of
 from .sources.spread import Spread
 
@@ -327,7 +329,10 @@ class _WritesPlan(Plan):
         model = self._model()
         if model is None:
             raise PlanError("the model of this plan no longer exists.")
-        resolved = localize(_resolve_recorded(destinations_of(model), self._recorded))
+        resolved = _resolve_recorded(destinations_of(model), self._recorded)
+        if self._overlap == "error":
+            _check_overlaps(resolved)
+        resolved = localize(resolved)
         self._compile(
             resolved, overlap=self._overlap, table=None if isinstance(model, nn.Module) else model
         )
@@ -413,6 +418,20 @@ def _resolve_recorded(destinations: list[Destination], recorded: tuple[_Recorded
             findings,
         )
     return resolved
+
+
+def _check_overlaps(resolved: Resolved) -> None:
+    """Raise where two writes of a tensor in parts meet, whoever holds the element: so all ranks do."""
+    if not any(isinstance(d.tensor, Spread) for d in resolved.destinations):
+        return
+    whole = replace(
+        resolved,
+        destinations=[replace(d, tensor=_whole_of(d.tensor)) for d in resolved.destinations],
+        source_tensors=[None] * len(resolved.source_tensors),  # what is read is looked at later
+    )
+    met = [c for c in find_conflicts(whole) if c.kind == "write"]
+    if met:
+        raise plan_error([conflict_finding(resolved, c.kind, c.first, c.second) for c in met])
 
 
 def _whole_of(dst: Any) -> Tensor:
