@@ -20,13 +20,13 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq install
 KEEP_TORCH := -c $(STAMPS)/constraints.txt
 say = @printf '\033[1m==>\033[0m %s\n'
 
-.PHONY: help demo test slow bench gpu lint format build clean distclean force
+.PHONY: help demo test slow bench bench-distributed gpu lint format build clean distclean force
 .DEFAULT_GOAL := help
 
 help: ## this list
 	@echo 'paramkit: make TARGET'
-	@sed -nE 's/^([a-z]+):.*## (.*)/  \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
-	  printf '  %-10s %s\n' $$name "$$text"; done
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
+	  printf '  %-18s %s\n' $$name "$$text"; done
 	@echo 'settings (make TARGET NAME=value): PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV) ARGS=...'
 	@echo 'environment: PARAMKIT_BUILD=auto|require|off, PARAMKIT_CUDA=auto|require|off, CXX, MAX_JOBS, DEBUG=1,'
 	@echo '  CUDA_HOME, TORCH_CUDA_ARCH_LIST'
@@ -46,6 +46,10 @@ slow: $(STAMPS)/test $(STAMPS)/extension ## the exhaustive tests: every 32-bit v
 bench: $(STAMPS)/bench $(STAMPS)/extension ## beside torch, numpy and plain C; ARGS=--quick is short
 	$(say) 'benchmarks'
 	@$(PY) -m benchmarks $(ARGS)
+
+bench-distributed: $(STAMPS)/bench $(STAMPS)/extension ## sharded models and weight sync, 4 processes beside torch
+	$(say) 'benchmarks on four processes'
+	@$(PY) -m benchmarks.distributed $(ARGS)
 
 # Uses PYTHON as it is: a machine with a GPU has its own torch, and perhaps no network.
 gpu: ## with a GPU: build, test, sanitize, time; OUT=folder, STAGES=some

@@ -1,0 +1,67 @@
+"""What each case is held to, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.targets import AtLeast, Condition, Figures, Verdict
+
+__all__ = ["TARGETS", "Most"]
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Most:
+    """A figure without a spread is `value` or less on every rank. `unit` is how people read it."""
+
+    what: str
+    value: float
+    unit: str  # "bytes", "%", "x"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The figure that is looked at."""
+        return frozenset((self.what,))
+
+    def judge(self, figures: Figures) -> Verdict:
+        """The verdict."""
+        found = figures.get(self.what)
+        if found is None:
+            return Verdict("unknown", f"{self.what} not measured")
+        if found.value <= self.value:
+            return Verdict("met")
+        return Verdict(
+            "missed", f"{self.what} {self.text(found.value)}, wanted {self.text(self.value)}"
+        )
+
+    def text(self, value: float) -> str:
+        """A value as people read it."""
+        if self.unit == "bytes":
+            return f"{value / MIB:.4g} MiB"
+        if self.unit == "%":
+            return f"{100 * value:.2g}%"
+        return f"{value:.4g}x"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"what": self.what, "at_most": self.value, "unit": self.unit}
+
+    def __str__(self) -> str:
+        return f"{self.what} <= {self.text(self.value)}"
+
+
+STAGING = Most("staging", 256 * MIB, "bytes")
+READ = Most("bytes read, of its share", 1.0, "x")
+PYTHON = Most("Python time", 0.01, "%")
+
+TARGETS: dict[str, tuple[Condition, ...]] = {
+    "small from rank 0": (AtLeast("ratio", 5.0),),
+    "large from rank 0": (AtLeast("ratio", 1.2), STAGING),
+    "files into 2-D": (AtLeast("ratio", 2.0), READ),
+    "sync step": (AtLeast("ratio", 10.0), PYTHON),
+    "reshard small": (AtLeast("ratio", 1.5),),
+    "reshard medium": (AtLeast("ratio", 1.5),),
+    "reshard large": (AtLeast("ratio", 1.5),),
+}
