@@ -85,7 +85,7 @@ def agree_on(
     src: Tensors | None = None
     try:
         dst, src = work()
-    except Exception as caught:
+    except BaseException as caught:
         error = caught
     brief = _Brief(
         None if error is None else failure_of(error),

@@ -29,13 +29,15 @@ class Course:
     Attributes:
         error: the first thing that went wrong here; the run goes on to its end without writing.
         begun: whether something was written.
-        unpacked: rounds that were unpacked.
+        direct: passes whose own part, without messages, was written in full.
+        unpacked: rounds that were unpacked, of all passes; they come in order.
         wrong: numbers of writes whose values are not what was sent.
     """
 
     error: BaseException | None = None
     begun: bool = False
-    unpacked: list[int] = field(default_factory=list)
+    direct: int = 0
+    unpacked: int = 0
     wrong: list[int] = field(default_factory=list)
 
     def fail(self, error: BaseException) -> None:
@@ -51,7 +53,7 @@ class Run:
         talk: the group.
         traffic: the messages.
         version: in every header.
-        direct: writes what this rank holds itself.
+        direct: writes what this rank holds itself; None: it holds nothing.
         names, dtypes: of the destination of each write.
         sums: keep a sum of each message, of each piece.
         progress: called after every round with (bytes done, bytes in all).
@@ -63,7 +65,7 @@ class Run:
         talk: Talk,
         traffic: Traffic,
         version: int,
-        direct: Callable[[], object],
+        direct: Callable[[], object] | None,
         names: Sequence[str],
         dtypes: Sequence[torch.dtype],
         sums: tuple[bool, bool],
@@ -104,12 +106,15 @@ class Run:
 
     def _direct(self) -> None:
         """What this rank both holds and writes, while the first messages are on their way."""
-        self._guarded(self.direct)
+        if self.direct is not None:
+            self._guarded(self.direct)
+        if self.course.error is None:
+            self.course.direct += 1
 
-    def _guarded(self, work: Callable[[], object]) -> None:
+    def _guarded(self, work: Callable[[], object], writes: bool = True) -> None:
         if self.course.error is not None:
             return
-        self.course.begun = True
+        self.course.begun |= writes
         try:
             work()
         except BaseException as error:
@@ -191,13 +196,13 @@ class Run:
             self._look_at(self.traffic.streams[number].sender, found.number, buffer, message)
         if found.unpack is not None:
             self._guarded(lambda: self._write(found))
-            if self.course.error is None:
-                self.course.unpacked.append(found.number)
+        if self.course.error is None:
+            self.course.unpacked += 1
         if self.progress is not None:
             streams = self.traffic.streams
             self.done += sum(m.bytes * len(streams[n].receivers) for n, _, m in found.sends)
             self.done += sum(m.bytes for _, _, m in found.receives)
-            self._guarded(lambda: self.progress and self.progress(self.done, self.total))
+            self._guarded(lambda: self.progress and self.progress(self.done, self.total), False)
 
     def _look_at(self, sender: int, round_: int, buffer: Tensor, message: Message) -> None:
         head = buffer[:HEADER].view(torch.int64).tolist()

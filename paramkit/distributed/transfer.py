@@ -151,7 +151,22 @@ class Transfer:
         talk = self._talk
         if self._src is not None and talk.rank != self._src:
             source = None
-        kinds = talk.gather(_kind(source))
+        said = talk.gather((_kind(source), self._src))
+        odd = next((r for r, (_, src) in enumerate(said) if src != said[0][1]), None)
+        if odd is not None:
+            raise SyncError(
+                "ranks were given different arguments; nothing was sent.",
+                [
+                    Finding(
+                        "src",
+                        "rule",
+                        f"{said[odd][1]} on rank {odd}",
+                        f"{said[0][1]}, as on rank 0",
+                    )
+                ],
+                odd,
+            )
+        kinds = [kind for kind, _ in said]
         paths = [rank for rank, kind in enumerate(kinds) if kind == "path"]
         if self._src is None and paths:
             odd = next((r for r in range(talk.size) if r not in paths), None)
@@ -169,14 +184,15 @@ class Transfer:
                     ],
                     odd,
                 )
-            self._work, self._from_files = None, True
             self._same_arguments()
-            talk.together("planning", lambda: self._open_files(source))
+            # What fails leaves the transfer as it was.
+            self._files = talk.together("planning", lambda: self._opened(source))
+            self._work, self._from_files = None, True
         else:
             if paths:  # src alone reads it, as tensors in memory, mapped
                 source = talk.together("opening the source", lambda: _mapped(source))
-            self._from_files = False
             self._work = Work(talk, Want(self._model, source, self._options), "planning")
+            self._files, self._from_files = None, False
         self._source = source
 
     def _same_arguments(self) -> None:
@@ -194,10 +210,8 @@ class Transfer:
 
         agree_on(talk, mine, want.settings(), "planning")
 
-    def _open_files(self, source: Any) -> None:
-        self._files = None
-        if self._model is not None:
-            self._files = ModelPlan(self._model, source, self._options)
+    def _opened(self, source: Any) -> ModelPlan | None:
+        return None if self._model is None else ModelPlan(self._model, source, self._options)
 
     # -- public --
 
@@ -284,15 +298,17 @@ def pass_over(work: Work, version: int, progress: Progress | None, model: object
         talk.agree(error, "checking")
     version = max(v for _, v in states) + 1
     course = Course()
+    stopped = False
     try:
         for k in work.run(version, course, progress):
+            if stopped:
+                continue
             try:
                 yield k
-            except GeneratorExit:
+            except BaseException as error:
                 # Whoever takes the tensors has stopped: the other ranks still wait for messages.
-                course.fail(
-                    SyncError("the tensors of a stream were not taken to the end.", (), talk.rank)
-                )
+                stopped = True
+                course.fail(_not_taken(talk) if isinstance(error, GeneratorExit) else error)
         states = talk.numbers([course.error is not None, version])
         if any(failed for failed, _ in states):
             told = None if isinstance(course.error, Stopped) else course.error
@@ -300,8 +316,13 @@ def pass_over(work: Work, version: int, progress: Progress | None, model: object
     except BaseException as failed:
         _mark(work, course, failed, model)
         raise
+    work.torn = None
     clear(model, work.summary.names)
     return version
+
+
+def _not_taken(talk: Talk) -> SyncError:
+    return SyncError("the tensors of a stream were not taken to the end.", (), talk.rank)
 
 
 def _mark(work: Work, course: Course, error: BaseException, model: object) -> None:

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -69,8 +70,12 @@ class Want:
         """What all ranks have to be given alike, as text."""
         o = self.options
         said = {f"rules[{k}]": repr(rule) for k, rule in enumerate(o.rules)}
-        for name in ("identity", "allow_missing", "allow_unexpected", "casting", "overflow"):
+        for name in ("identity", "casting", "overflow"):
             said[name] = repr(getattr(o, name))
+        for name in ("allow_missing", "allow_unexpected"):
+            allowed = getattr(o, name)
+            # A set has another order in each process.
+            said[name] = repr(allowed if isinstance(allowed, str) else sorted(map(str, allowed)))
         said["staging"] = repr(o.staging)
         said["bucket_bytes"] = repr(self.capacity)
         said["checksum"] = repr(self.sums)
@@ -364,7 +369,7 @@ class Work:
                 self.talk,
                 traffic,
                 version,
-                lambda k=k: self._run_direct(k),  # type: ignore[misc]
+                None if self._direct[k] is None else partial(self._run_direct, k),
                 self.names,
                 self.dst_dtypes,
                 self.want.sums,
@@ -374,22 +379,21 @@ class Work:
             yield k
 
     def _run_direct(self, k: int) -> None:
-        found = self._direct[k]
-        if found is not None and not found.run(None):
+        if not self._direct[k].run(None):
             raise PlanError("a tensor was moved while it was written.")
 
     def unwritten(self, course: Course) -> tuple[list[str], list[str]]:
         """Names of this rank that hold the new values in full, and of the others, after a failure."""
         left: dict[str, None] = {}
-        for traffic in self.passes:
-            done = set(course.unpacked) if len(self.passes) == 1 else set()
-            for found in traffic.rounds:
-                if found.number in done:
-                    continue
-                for _, _, message in found.receives:
-                    left.update((self.names[part.piece.write], None) for part in message.parts)
-        if not course.begun:
-            left.update((self.names[i], None) for i, _ in self.routes.here)
+        for found in [found for traffic in self.passes for found in traffic.rounds][
+            course.unpacked :
+        ]:
+            for _, _, message in found.receives:
+                left.update((self.names[part.piece.write], None) for part in message.parts)
+        if course.direct < len(self.passes):
+            first = len(self.resolved.source_tensors) - self.resolved.made
+            made = [i for i, w in enumerate(self.resolved.writes) if w.src >= first]
+            left.update((self.names[i], None) for i in (*(i for i, _ in self.routes.here), *made))
         left.update((self.names[i], None) for i in course.wrong)
         return [n for n in self.summary.names if n not in left], list(left)
 
