@@ -182,6 +182,14 @@ def layout_finding(
         return None  # nearly every tensor is like this, and there may be tens of thousands
     if isinstance(tensor, Lazy):
         return spread_finding(name, tensor, destination) if isinstance(tensor, Spread) else None
+    if is_sharded(tensor):
+        return Finding(
+            name,
+            "layout",
+            "a DTensor in a list",
+            "a tensor of this process",
+            "pass its to_local(), or mappings of names to tensors",
+        )
     if is_uninitialized(tensor):
         return Finding(
             name,

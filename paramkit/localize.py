@@ -389,5 +389,7 @@ def _is_here(spread: Spread) -> bool:
 
 
 def _nothing(spread: Spread) -> Any:
-    """An empty local tensor, for a rank that holds no part."""
+    """An empty local tensor, for a rank that holds no part: that of the DTensor, if it has one."""
+    if spread.wrapper is not None and not spread.wrapper._local_tensor.numel():
+        return spread.wrapper._local_tensor
     return torch.empty(0, dtype=spread.dtype, device=spread.device)

@@ -369,8 +369,9 @@ def _resolve_recorded(destinations: list[Destination], recorded: tuple[_Recorded
         if is_sharded(d.tensor):
             d.tensor = spread_of(d.tensor)
         dst = d.tensor
+        given = spread_of(r.value) if is_sharded(r.value) else r.value.detach()
         finding = layout_finding(r.name, dst, True) or layout_finding(
-            f"the value of {r.text}", r.value, False
+            f"the value of {r.text}", given if isinstance(given, Spread) else r.value, False
         )
         if finding is not None:
             findings.append(finding)
@@ -383,7 +384,6 @@ def _resolve_recorded(destinations: list[Destination], recorded: tuple[_Recorded
                 Finding(r.text, "index", str(error), f"an index into shape {tuple(dst.shape)}")
             )
             continue
-        given = spread_of(r.value) if is_sharded(r.value) else r.value.detach()
         value = _without_leading_ones(_whole_of(given), view.dim())
         if checks.broadcast_error(view.shape, value.shape):
             findings.append(

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
@@ -335,6 +335,29 @@ def test_what_cannot_be_is_refused_with_a_hint() -> None:
     ranks.run(impossible, 2)
 
 
+def outside(rank: int) -> None:
+    """A rank that is not part of a parameter's mesh has nothing to write, and no trouble."""
+    mesh = DeviceMesh("cpu", [1])
+    whole = torch.arange(8.0).view(4, 2)
+    model = {"w": distribute_tensor(torch.zeros(4, 2), mesh, [Shard(0)], src_data_rank=None)}
+    plan = paramkit.plan(model, {"w": whole})
+    for _ in range(2):
+        plan.apply()
+        assert plan.verify() == []
+    paramkit.transplant(model, iter({"w": whole}.items()))
+    with paramkit.writes(model) as w:
+        w["w"][1] = -1.0
+    whole[1] = -1.0
+    local = model["w"]._local_tensor
+    assert torch.equal(local, whole) if rank == 1 else not local.numel()
+    listed = [model["w"]]
+    assert "to_local()" in refused(lambda: paramkit.plan(listed, [whole]), model, "DTensor")
+
+
+def test_a_rank_outside_of_the_mesh() -> None:
+    ranks.run(outside, 2)
+
+
 # ---- writes --------------------------------------------------------------------------------------
 
 
@@ -370,6 +393,16 @@ def assigned(rank: int) -> None:
                     w["w"][index] = value
                 said = f"{placements} {k} {value}"
                 assert_same_bits(model["w"].full_tensor(), expected, what=said)
+        # Values in shards: of the same rows and columns, or whole on every rank.
+        model = {"w": distribute_tensor(torch.zeros(10, 5), mesh, placements)}
+        with paramkit.writes(model) as w:
+            w["w"][:, :] = distribute_tensor(whole, mesh, placements)
+        assert_same_bits(model["w"].full_tensor(), whole)
+        with paramkit.writes(model) as w:
+            w["w"][2:4] = distribute_tensor(-whole[:2], mesh, [Replicate(), Replicate()])
+        expected = whole.clone()
+        expected[2:4] = -whole[:2]
+        assert_same_bits(model["w"].full_tensor(), expected)
         # Many at once, of which the later wins; plans of them run again.
         model = {"w": distribute_tensor(whole.clone(), mesh, placements)}
         expected = whole.clone()
