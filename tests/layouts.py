@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -123,12 +124,14 @@ def sharded(model: nn.Module, kind: str, ranks: tuple[int, ...]) -> nn.Module:
     Args:
         model: its linear layers are sharded by columns and rows in turn.
         kind: "fsdp", "hsdp", "tp", "2-d".
-        ranks: four for hsdp and 2-d.
+        ranks: four for hsdp and 2-d. All ranks call this, as they make the mesh together.
     """
     if kind in ("hsdp", "2-d"):
         mesh = DeviceMesh("cpu", torch.tensor(ranks).view(2, -1), mesh_dim_names=("a", "b"))
     else:
         mesh = DeviceMesh("cpu", list(ranks), mesh_dim_names=("a",))
+    if dist.get_rank() not in ranks:
+        return model
     if kind in ("tp", "2-d"):
         linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
         styles = {
@@ -137,7 +140,7 @@ def sharded(model: nn.Module, kind: str, ranks: tuple[int, ...]) -> nn.Module:
         parallelize_module(model, mesh["b"] if kind == "2-d" else mesh, styles)  # type: ignore[arg-type]
     if kind != "tp":
         for child in model.children():
-            if not isinstance(child, nn.Linear):
+            if isinstance(child, nn.Sequential):
                 fully_shard(child, mesh=mesh["a"] if kind == "2-d" else mesh)
         fully_shard(model, mesh=mesh["a"] if kind == "2-d" else mesh)
     return model

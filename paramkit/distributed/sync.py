@@ -175,9 +175,13 @@ class Sync:
         """
         if not self._want.stream:
             raise PlanError("made without stream=True: call step().")
-        for k in self._passes():
-            assert self._work.buckets is not None
-            yield self._work.buckets[k]
+        passes = self._passes()
+        try:
+            for k in passes:
+                assert self._work.buckets is not None
+                yield self._work.buckets[k]
+        finally:
+            passes.close()  # now, so that whoever closes this one is told what it comes to
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """A step, on a rank that takes a stream: (name, tensor), as engines' `load_weights` take them.
