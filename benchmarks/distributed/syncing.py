@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cProfile
 import pstats
+import time
 from collections.abc import Mapping
 
 import torch
@@ -115,9 +116,10 @@ def _sync(setting: Setting) -> Work:
 def _python_seconds(sync: pkd.Sync) -> float:
     """Seconds that one step spends in functions of Python, without what they call that is C.
 
-    The profiler's own cost is in it, so it is less in fact.
+    Of the processor's time: other processes that take turns with this one are not counted. The profiler's own
+    cost is, so it is less in fact.
     """
-    profile = cProfile.Profile()
+    profile = cProfile.Profile(time.thread_time)
     dist.barrier()
     profile.runcall(sync.step)
     rows = pstats.Stats(profile).stats.items()  # type: ignore[attr-defined]
