@@ -35,7 +35,9 @@ def summary_of_work(work: Work) -> Summary:
             casts[work.names[i], source] = cast
     first = len(resolved.source_tensors) - resolved.made
     if rank in work.common.dst.ranks:
-        names.update((work.names[k], None) for k, w in enumerate(resolved.writes) if w.src >= first)
+        for k, w in enumerate(resolved.writes):
+            if w.src >= first and work.own.dst[k] is not None and work.own.dst[k].numel():
+                names[work.names[k]] = None
     return Summary(
         tuple(names),
         len(work.routes.here) + len(received),

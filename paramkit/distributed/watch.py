@@ -13,6 +13,7 @@ from .. import backend
 from ..destinations import Destination
 from ..errors import Finding
 from ..judge import slots_of
+from ..regions import Region, cover
 from ..sharding import is_sharded
 from ..sources.lazy import reach
 
@@ -80,18 +81,24 @@ def meeting_findings(
 ) -> list[Finding]:
     """Tensors of this rank that share memory, where one of them is written.
 
-    That the writes of one tensor do not meet is proved elsewhere. By spans of addresses: two views whose
-    elements interleave count as sharing.
+    That the writes of one tensor do not meet is proved elsewhere. Views whose elements interleave, such as
+    columns of one matrix, are apart.
     """
-    spans = [(*_span(tensor), True, name) for name, tensor in written]
-    spans += [(*_span(tensor), False, name) for name, tensor in read]
+    spans = [(*_span(tensor), True, name, tensor) for name, tensor in written]
+    spans += [(*_span(tensor), False, name, tensor) for name, tensor in read]
     found = []
-    ends: dict[bool, tuple[int, str]] = {True: (0, ""), False: (0, "")}
-    for begin, end, is_written, name in sorted(s for s in spans if s[0] < s[1]):
+    # Those that reach beyond the begin of the one that is looked at, by whether they are written.
+    open_: dict[bool, list[tuple[int, str, Tensor]]] = {True: [], False: []}
+    for begin, end, is_written, name, tensor in sorted(
+        (s for s in spans if s[0] < s[1]), key=lambda s: s[:4]
+    ):
         for other in (True, False) if is_written else (True,):
-            if begin >= ends[other][0]:
+            open_[other] = [o for o in open_[other] if o[0] > begin]
+            pairs = ((n, (tensor, t) if is_written else (t, tensor)) for _, n, t in open_[other])
+            its = next((n for n, (dst, src) in pairs if _meet(dst, src)), None)
+            if its is None:
                 continue
-            destination, its = (name, ends[other][1]) if is_written else (ends[other][1], name)
+            destination, its = (name, its) if is_written else (its, name)
             what = "is written too" if other and is_written else "of the source is read"
             found.append(
                 Finding(
@@ -102,8 +109,21 @@ def meeting_findings(
                     "clone() one of them",
                 )
             )
-        ends[is_written] = max(ends[is_written], (end, name))
+        open_[is_written].append((end, name, tensor))
     return found
+
+
+def _meet(written: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have a byte in common."""
+    pair = (written, other)
+    origin = min(t.data_ptr() for t in pair)
+    regions = []
+    for t in pair:
+        width = t.element_size()
+        strides = (*(n * width for n in t.stride()), 1)
+        regions.append(Region(t.data_ptr() - origin, (*t.shape, width), strides))
+    # Not (1, 1): what is read may have one element at several indices.
+    return cover(regions[0], regions).twice == (0, 1)
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
