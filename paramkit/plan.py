@@ -43,7 +43,7 @@ from .report import Report, Summary
 from .resolve import Resolved, plan_error, resolve
 from .rulefile import as_rules
 from .rules import Rule
-from .sharding import any_sharded, unsharded_finding
+from .sharding import any_sharded, is_sharded, unsharded_finding
 from .sources import open_source
 from .sources.lazy import Lazy
 from .stream import STAGING_BYTES, Streamed
@@ -138,7 +138,7 @@ def plan(
             "same_kind" (within floats, or within integers, or to a wider kind), "unsafe". The report lists
             every conversion.
         overflow: "error" looks for finite values that the destination's dtype cannot hold, before each
-            `apply`, before anything is written.
+            `apply`, before anything is written. In whole sources, also where another rank has the shard.
         hooks: "refuse" modules that load a state dict in a way of their own, or "ignore" their hooks.
         mmap: map files into memory instead of reading them. Faster for a local file that nobody changes;
             one that is cut meanwhile ends the process (SIGBUS).
@@ -661,6 +661,7 @@ class ModelPlan(Plan):
         self._in_parts = False
         self._unread: list[str] = []  # names of the source
         self._resolved = Resolved()
+        self._whole: Resolved | None = None  # before it was cut to what this rank holds
         self._build(source)
 
     def _check_alive(self) -> None:
@@ -693,7 +694,8 @@ class ModelPlan(Plan):
         gathered = unsharded_finding(model)
         if gathered is not None:
             raise plan_error([gathered])
-        resolved = localize(resolve(model, tensors, **self._options.resolving()))
+        whole = resolve(model, tensors, **self._options.resolving())
+        resolved = localize(whole)
         made = self._allocate(resolved)
         self._compile(
             resolved,
@@ -702,8 +704,11 @@ class ModelPlan(Plan):
         )
         # Kept for installing what was allocated; otherwise a plan holds tensors, not their modules.
         self._allocated = [replace(d) for d in made]
-        for d in resolved.destinations:
+        for d in (*whole.destinations, *resolved.destinations):
             d.owner, d.path, d.alias_places = None, (), ()
+        self._whole = None
+        if self._options.overflow == "error" and resolved is not whole:
+            self._whole = replace(whole, source_tensors=[])
         resolved.source_tensors = []
         self._source, self._in_memory, self._resolved = tensors, own, resolved
         self._in_parts = any_sharded(tensors.values())
@@ -741,9 +746,27 @@ class ModelPlan(Plan):
         sources = compiled.sources()
         findings = tie_findings(resolved, sources, limit)
         if self._options.overflow == "error":
-            findings += overflow_findings(resolved, resolved.writes, sources, limit)
+            findings += self._overflows(sources, limit)
         if findings:
             raise plan_error(findings)
+
+    def _overflows(self, sources: Sequence[Any], limit: int) -> list[Finding]:
+        """What the destinations cannot hold. Of whole sources all of it, so that all ranks say the same."""
+        resolved, whole, source = self._resolved, self._whole, self._source
+        if whole is None or source is None:
+            return overflow_findings(resolved, resolved.writes, sources, limit)
+        # Of a DTensor, each rank sees its own part alone.
+        in_parts = {name for name, tensor in source.items() if is_sharded(tensor)}
+        own = [w for w in resolved.writes if resolved.source_names[w.src] in in_parts]
+        findings = overflow_findings(resolved, own, sources, limit)
+        names = whole.source_names[: len(whole.source_names) - whole.made]
+        rest = [
+            w
+            for w in whole.writes
+            if w.src < len(names) and whole.source_names[w.src] not in in_parts
+        ]
+        tensors = [source[name] for name in names]
+        return [*findings, *overflow_findings(whole, rest, tensors, limit)]
 
     def _explainable(self) -> Resolved:
         return replace(self._resolved, source_tensors=self._compiled.sources())
@@ -800,7 +823,7 @@ class ModelPlan(Plan):
 
     def release(self) -> None:
         super().release()
-        self._source, self._resolved = None, Resolved()
+        self._source, self._resolved, self._whole = None, Resolved(), None
 
 
 class _ListPlan(Plan):

@@ -473,3 +473,18 @@ def loaded(rank: int) -> None:
 
 def test_load_state_dict() -> None:
     ranks.run(loaded, 4)
+
+
+def overflows(rank: int) -> None:
+    model = sharded(Net(), "fsdp").to(torch.float16)
+    source = {n: torch.full(t.shape, 1.0) for n, t in model.state_dict().items()}
+    name = next(iter(source))
+    source[name].reshape(-1)[0] = 1e9  # in the shard of the first rank
+    plan = paramkit.plan(model, source, casting="same_kind", overflow="error")
+    refused(plan.apply, model, "1e|overflow")
+    source[name].reshape(-1)[0] = 1.0
+    plan.apply()
+
+
+def test_what_overflows_in_one_shard_is_refused_on_every_rank() -> None:
+    ranks.run(overflows, 2)
