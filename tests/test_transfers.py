@@ -95,6 +95,12 @@ def repeats(rank: int) -> None:
     assert_holds(model, expected(1))
     transfer.apply(arrange("2-d", checkpoint(2), rank))
     assert_holds(model, expected(2))
+    # Where a rank gives one, a rank that gives None has none any more.
+    moving = {"w": torch.zeros(3)}
+    moves = pkd.plan(moving, {"w": torch.ones(3)} if rank == 0 else None)
+    moves.apply()
+    moves.apply({"w": torch.full((3,), 5.0)} if rank == 1 else None)
+    assert moving["w"].tolist() == [5.0] * 3
     # One that does not fit leaves the transfer as it was.
     wrong = arrange("fsdp", {**checkpoint(3), "emb": torch.zeros(13, 5)}, rank)
     with pytest.raises(pkd.SyncError, match=r"emb|table"):

@@ -141,7 +141,6 @@ class Transfer:
         self, model: Model | None, source: Any, talk: Talk, options: Options, src: int | None
     ) -> None:
         self._talk, self._model, self._options, self._src = talk, model, options, src
-        self._source: Any = None
         self._work: Work | None = None
         self._files: ModelPlan | None = None
         self._from_files = False
@@ -193,7 +192,6 @@ class Transfer:
                 source = talk.together("opening the source", lambda: _mapped(source))
             self._work = Work(talk, Want(self._model, source, self._options), "planning")
             self._files, self._from_files = None, False
-        self._source = source
 
     def _same_arguments(self) -> None:
         """Files are each rank's own matter, but all must want the same of them."""
@@ -235,7 +233,7 @@ class Transfer:
         if talk.rank != 0:
             progress = None
         if any(given for (given,) in talk.numbers([source is not None])):
-            self._compile(source if source is not None else self._source)
+            self._compile(source)
         start = perf_counter()
         if self._from_files:
             return self._apply_files(start, progress)
