@@ -36,14 +36,19 @@ class HookCheck:
             raise ValueError(f'hooks must be "refuse" or "ignore", got {hooks!r}')
         self._ignore = hooks == "ignore"
         self._known: dict[int, str] = {}
+        self._fine: set[tuple[int, int]] = set()  # owner and path
 
     def finding(self, destination: Destination) -> Finding | None:
         """Why a destination should not be written directly, or None."""
         if self._ignore or destination.owner is None:
             return None
+        # The parameters of one module share its path.
+        place = id(destination.owner), id(destination.path)
+        if place in self._fine and not destination.alias_places:
+            return None
         modules = [destination.owner, *(parent for parent, _, _ in destination.path)]
-        for place in destination.alias_places:
-            modules += [place.owner, *(parent for parent, _, _ in place.path)]
+        for alias in destination.alias_places:
+            modules += [alias.owner, *(parent for parent, _, _ in alias.path)]
         for module in modules:
             reason = self._known.get(id(module))
             if reason is None:
@@ -56,6 +61,7 @@ class HookCheck:
                     "a module that loads by copying",
                     'use load_state_dict, or hooks="ignore" to write its tensors as they are',
                 )
+        self._fine.add(place)
         return None
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ..errors import PlanError
 from .errors import SyncError
 
-__all__ = ["Failure", "Talk"]
+__all__ = ["Failure", "Talk", "Unreachable", "failure_of"]
 
 T = TypeVar("T")
 # What a rank says of an error: summary, findings, and whether it says already that it is of some rank.
@@ -90,6 +90,22 @@ class Talk:
         self.agree(error, doing)
         found: T = result
         return found
+
+    def collected(self, doing: str, work: Callable[[], T]) -> list[T]:
+        """What comes of something that every rank does; where it fails on one, all raise.
+
+        Raises:
+            SyncError: as `together`.
+        """
+        result: Any = None
+        error: BaseException | None = None
+        try:
+            result = work()
+        except BaseException as caught:
+            error = caught
+        said = self.gather((None if error is None else failure_of(error), result))
+        self.judge([failure for failure, _ in said], error, doing)
+        return [found for _, found in said]
 
     def agree(self, error: BaseException | None, doing: str) -> None:
         """Raise on every rank if one of them has an error.

@@ -19,7 +19,7 @@ from .agree import agree_on
 from .errors import SyncError
 from .run import Course, Stopped
 from .summary import explained
-from .talk import Talk
+from .talk import Talk, failure_of
 from .work import Want, Work
 
 __all__ = ["Transfer", "pass_over", "plan", "transplant"]
@@ -101,9 +101,12 @@ def plan(
             mmap=mmap,
         )
 
-    # A bad argument on one rank must not leave the others waiting.
-    talk.together("reading the arguments", options)
-    return Transfer(model, source, talk, made["options"], src)
+    error: BaseException | None = None
+    try:
+        options()
+    except BaseException as caught:  # it must not leave the others waiting
+        error = caught
+    return Transfer(model, source, talk, made.get("options"), src, error)
 
 
 def transplant(
@@ -138,19 +141,29 @@ class Transfer:
     """
 
     def __init__(
-        self, model: Model | None, source: Any, talk: Talk, options: Options, src: int | None
+        self,
+        model: Model | None,
+        source: Any,
+        talk: Talk,
+        options: Options | None,
+        src: int | None,
+        error: BaseException | None = None,
     ) -> None:
-        self._talk, self._model, self._options, self._src = talk, model, options, src
+        self._talk, self._model, self._src = talk, model, src
+        self._options = Options() if options is None else options
         self._work: Work | None = None
         self._files: ModelPlan | None = None
         self._from_files = False
-        self._compile(source)
+        self._compile(source, error)
 
-    def _compile(self, source: Any) -> None:
+    def _compile(self, source: Any, error: BaseException | None = None) -> None:
         talk = self._talk
         if self._src is not None and talk.rank != self._src:
             source = None
-        said = talk.gather((_kind(source), self._src))
+        failure = None if error is None else failure_of(error)
+        heard = talk.gather((failure, _kind(source), None if failure else self._src))
+        talk.judge([f for f, *_ in heard], error, "reading the arguments")
+        said = [(kind, src) for _, kind, src in heard]
         odd = next((r for r, (_, src) in enumerate(said) if src != said[0][1]), None)
         if odd is not None:
             raise SyncError(

@@ -112,12 +112,11 @@ class Work:
         self.common, self.dst, self.src = agree_on(
             talk, lambda: _describe(talk, want), want.settings(), doing, want.stream
         )
-        talk.together(doing, self._resolve)
-        most = max(n for (n,) in talk.numbers([degree(self.routes.streams, talk.rank)]))
-        self.capacity = self._capacity(most)
+        self.capacity = self._capacity(max(talk.collected(doing, self._resolve)))
         talk.together(doing, self._build)
 
-    def _resolve(self) -> None:
+    def _resolve(self) -> int:
+        """Returns how many messages this rank has on the way at once."""
         common, options = self.common, self.want.options
         self._spreads = spreads(common.dst.description, self.dst, "destination")
         sources = spreads(common.src.description, self.src, "source")
@@ -143,6 +142,7 @@ class Work:
         self.wire = [wire_dtype(src, dst) for src, dst in wanted]
         self.dst_dtypes = [dst for _, dst in wanted]
         self.names = [self.resolved.destinations[w.dst].name for w in self.resolved.writes]
+        return degree(self.routes.streams, self.talk.rank)
 
     def _destinations(self) -> list[Destination]:
         if self.dst is not None:
@@ -324,9 +324,10 @@ class Work:
                 text = "other memory or another layout"
                 findings.append(Finding("tensors", "moved", text, "as planned for", "rebuild()"))
                 break
-        gathered = unsharded_finding(self.want.model)
-        if gathered is not None:
-            findings.append(gathered)
+        if findings:  # gathered parameters are other objects: that is then what there is to say
+            models = (self.want.model, self.want.source)
+            gathered = [f for f in map(unsharded_finding, models) if f is not None]
+            findings = gathered or findings
         if not findings and (self._ties or self.want.options.overflow == "error"):
             findings += self._value_findings()
         if findings:
