@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import paramkit
 
@@ -99,9 +100,11 @@ def run(path: Path) -> None:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder to work in."""
+    """An empty folder to work in; a process group that was made in it is gone afterwards."""
     monkeypatch.chdir(tmp_path)
     yield tmp_path
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

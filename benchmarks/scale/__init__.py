@@ -1,0 +1,1 @@
+"""The cost model of docs/scale.md beside what it describes."""
