@@ -167,7 +167,8 @@ class _Localizer:
         self.tensors: list[Any] = []
         self.numbers: dict[tuple[int, int], int] = {}
         self.cuts: dict[Hashable, tuple[list[_Piece], bool]] = {}
-        self.everywhere: dict[Hashable, bool] = {}
+        # With the places whose numbers are in the key, so that these are nobody else's.
+        self.everywhere: dict[Hashable, tuple[bool, list[Any]]] = {}
         # Equal axes are one object nearly always; numbers stand for them in keys.
         self.kinds: dict[Hashable, int] = {}
         self.kind_of: dict[int, int] = {}
@@ -303,21 +304,25 @@ class _Localizer:
         return found
 
     def _complete_elsewhere(self, w: Write) -> bool:
-        """Whether the other ranks of two DTensors hold what they write: all ranks then say the same."""
+        """Whether the other ranks of a DTensor hold what they write: all ranks then say the same."""
         dst, src = self.dsts[w.dst], self.srcs[w.src]
-        wrappers = [t.wrapper if isinstance(t, Spread) else None for t in (dst, src)]
-        if wrappers[0] is None or wrappers[1] is None:
+        writer, reader = (t.wrapper if isinstance(t, Spread) else None for t in (dst, src))
+        if reader is None or (writer is None and isinstance(dst, Spread)):
             return True
         geometry = (w.sizes, w.dst_strides, w.dst_offset, w.src_strides, w.src_offset)
-        key = (geometry, *map(id, map(place_of, wrappers)), "everywhere")
+        places = [place_of(t) for t in (writer, reader) if t is not None]
+        key = (geometry, *map(id, places))
         found = self.everywhere.get(key)
         if found is None:
-            written, held = map(axes_by_rank, wrappers)
-            found = self.everywhere[key] = all(
-                _holds(geometry, (tuple(dst.shape), tuple(src.shape)), axes, held.get(rank))
-                for rank, axes in written.items()
+            held = axes_by_rank(reader)
+            # A plain tensor is written in full by every rank that has it.
+            written = dict.fromkeys(held) if writer is None else axes_by_rank(writer)
+            shapes = None if writer is None else tuple(dst.shape), tuple(src.shape)
+            complete = all(
+                _holds(geometry, shapes, axes, held.get(rank)) for rank, axes in written.items()
             )
-        return found
+            found = self.everywhere[key] = complete, places
+        return found[0]
 
     def _kind(self, tensor: Any) -> int:
         """Equal for tensors that are cut alike."""
@@ -354,11 +359,14 @@ def _pieces(
 
 
 def _holds(
-    geometry: Geometry, shapes: tuple[tuple[int, ...], tuple[int, ...]], dst: Axes, src: Axes | None
+    geometry: Geometry,
+    shapes: tuple[tuple[int, ...] | None, tuple[int, ...]],
+    dst: Axes | None,
+    src: Axes | None,
 ) -> bool:
-    """Whether a rank that writes a part of the destination holds what it reads."""
+    """Whether a rank that writes a part of the destination, None for all of it, holds what it reads."""
     for whole in boxes(geometry, *shapes):
-        for box in clip(whole, False, dst):
+        for box in (whole,) if dst is None else clip(whole, False, dst):
             read = clip(box, True, src) if src is not None else ()
             if elements(box) != sum(map(elements, read)):
                 return False

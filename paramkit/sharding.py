@@ -202,10 +202,15 @@ def sharded_key(tensor: Any) -> Hashable:
 
 def _key(local: Any, place: _Place) -> Hashable:
     """None where a local tensor has no memory to go by."""
-    if local.is_meta or not local.numel():
+    if local.is_meta:
         return None
     try:
-        address = local.data_ptr()
+        if local.numel():
+            address = local.data_ptr()
+        else:
+            # An empty shard has no address. Ties are known by its storage: all ranks must see the same ones.
+            storage = local.untyped_storage()
+            return ("empty", storage._cdata, local.storage_offset(), local.dtype, *place.text)
     except RuntimeError:  # a subclass without storage of its own
         return None
     # What the place does not say of a view: its strides, and its dtype.

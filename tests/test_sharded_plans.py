@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import paramkit
+import paramkit.distributed as pkd
 from paramkit import PlanError, Rule
 from tests import ranks
 from tests.guards import assert_same_bits, watch
@@ -260,6 +261,37 @@ def frozen(rank: int) -> None:
 
 def test_parameters_with_empty_shards_are_written_too() -> None:
     ranks.run(frozen, 4)
+
+
+class Tied(nn.Module):
+    """Of one row: on all ranks but one its shard is empty."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.embed = nn.Parameter(torch.full((1, 5), value))
+        self.head = self.embed
+        self.other = nn.Parameter(torch.full((6, 5), value))
+
+
+def ties(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    source = fully_shard(Tied(3.0), mesh=mesh)
+    for way in (paramkit.transplant, pkd.transplant):
+        for of, to in ((source.state_dict(), Tied(0.0)), (source, Tied(0.0))):
+            model = fully_shard(to, mesh=mesh)
+            way(model if isinstance(of, dict) else model.state_dict(), of)
+            assert all(torch.equal(t, torch.full_like(t, 3.0)) for t in shards_of(model).values())
+    # Apart, they are not tied anywhere.
+    apart = {name: t.clone() for name, t in source.state_dict().items()}
+    pkd.transplant(apart, source.state_dict())
+    # A rank that has all of a tensor says what the others say, which have none of it.
+    dst = {"embed": torch.zeros(1, 5)}
+    src = {"embed": source.state_dict()["embed"]}
+    refused(lambda: paramkit.transplant(dst, src), dst, "another rank holds")
+
+
+def test_ranks_without_a_row_say_what_the_others_say() -> None:
+    ranks.run(ties, 2)
 
 
 # ---- errors --------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -78,7 +77,7 @@ class Description:
 
     def digest(self) -> str:
         """Equal for equal descriptions."""
-        return hashlib.sha256(pickle.dumps(_plain(self))).hexdigest()
+        return hashlib.sha256(repr(_plain(self)).encode()).hexdigest()
 
     def difference(self, other: Description) -> tuple[str, str, str] | None:
         """The first name that differs in meaning: (name, what this says of it, what the other does)."""
@@ -109,7 +108,7 @@ class Description:
 
 
 def _plain(description: Description) -> object:
-    # dtypes pickle by reference; strings are the same in every release.
+    # Read as text, in which equal values are equal; a pickle tells objects apart.
     d = description
     return (
         d.names,
