@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import paramkit
 import paramkit.distributed as pkd
@@ -351,3 +353,34 @@ def versions(rank: int) -> None:
 
 def test_versions_and_arguments() -> None:
     ranks.run(versions, 2)
+
+
+def crossed(rank: int) -> None:
+    """Two of the same names and shapes, whose steps ranks take in another order."""
+    syncs, models = [], []
+    for value in (1.0, 2.0):
+        models.append({"w": torch.zeros(4)})
+        source = None if rank else {"w": torch.full((4,), value)}
+        syncs.append(pkd.Sync(models[-1] if rank else None, source=source))
+    text, who = error_of(syncs[rank].step)
+    assert "different transfers" in text and "number 2 on rank 1" in text and who == 1, text
+    assert all(sync.version == 0 and sync.torn is None for sync in syncs)
+    for k in (1, 0):
+        syncs[k].step()
+        assert not rank or torch.equal(models[k]["w"], torch.full((4,), k + 1.0))
+
+
+def test_steps_of_two_syncs_in_another_order_are_refused() -> None:
+    ranks.run(crossed, 2)
+
+
+def in_parts(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    full = torch.arange(8.0).view(4, 2)
+    names = {"w": distribute_tensor(torch.zeros(4, 2), mesh, [Shard(0)])}
+    text, _ = error_of(lambda: pkd.Sync(names, source={"w": full}, stream=True))
+    assert "w | layout | got a DTensor" in text and "whole" in text, text
+
+
+def test_a_stream_of_parts_is_refused() -> None:
+    ranks.run(in_parts, 2)

@@ -304,10 +304,11 @@ def pass_over(work: Work, version: int, progress: Progress | None, model: object
         work.check()
     except BaseException as caught:
         error = caught
-    states = talk.numbers([error is not None, version])
-    if any(failed for failed, _ in states):
+    states = talk.numbers([error is not None, version, work.number])
+    _same_transfer([number for _, _, number in states])
+    if any(failed for failed, *_ in states):
         talk.agree(error, "checking")
-    version = max(v for _, v in states) + 1
+    version = max(v for _, v, _ in states) + 1
     course = Course()
     stopped = False
     try:
@@ -330,6 +331,29 @@ def pass_over(work: Work, version: int, progress: Progress | None, model: object
     work.torn = None
     clear(model, work.summary.names)
     return version
+
+
+def _same_transfer(numbers: list[int]) -> None:
+    """Two of equal shapes would take each other's values.
+
+    Raises:
+        SyncError: on every rank, if they are not all in one transfer.
+    """
+    rank = next((r for r, number in enumerate(numbers) if number != numbers[0]), None)
+    if rank is not None:
+        raise SyncError(
+            "ranks run different transfers at once; nothing was sent.",
+            [
+                Finding(
+                    "transfer",
+                    "conflict",
+                    f"number {numbers[rank]} on rank {rank}",
+                    f"number {numbers[0]}, as on rank 0 (they are numbered as they are planned)",
+                    "take the steps of several transfers in one order on all ranks",
+                )
+            ],
+            rank,
+        )
 
 
 def _not_taken(talk: Talk) -> SyncError:

@@ -45,6 +45,15 @@ Progress = Callable[[int, int], object]
 # A message of less would be all header and latency.
 LEAST = 4096
 
+_last_number = 0
+
+
+def _numbered(number: int) -> int:
+    """The number of a new transfer, higher than all those of its ranks."""
+    global _last_number
+    _last_number = max(_last_number, number)
+    return number
+
 
 @dataclass(frozen=True)
 class Want:
@@ -94,6 +103,7 @@ class Work:
         SyncError: on every rank.
 
     Attributes:
+        number: the same on all ranks, and of no other transfer of one of them.
         passes: messages, in order; several where tensors are taken one by one.
         torn: what the last failed pass left here.
         summary: what this rank writes.
@@ -112,7 +122,9 @@ class Work:
         self.common, self.dst, self.src = agree_on(
             talk, lambda: _describe(talk, want), want.settings(), doing, want.stream
         )
-        self.capacity = self._capacity(max(talk.collected(doing, self._resolve)))
+        said = talk.collected(doing, lambda: (self._resolve(), _last_number))
+        self.capacity = self._capacity(max(most for most, _ in said))
+        self.number = _numbered(max(last for _, last in said) + 1)
         talk.together(doing, self._build)
 
     def _resolve(self) -> int:
@@ -419,6 +431,8 @@ def _describe(talk: Talk, want: Want) -> tuple[Tensors | None, Tensors | None]:
     dst = src = None
     if want.model is not None:
         dst = describe_model(want.model, talk.ranks, talk.rank)
+        if want.stream:
+            _check_whole(dst)
         meta = [d.name for d in dst.destinations if d.tensor.is_meta]
         if meta and not want.stream:
             raise plan_error(
@@ -436,6 +450,27 @@ def _describe(talk: Talk, want: Want) -> tuple[Tensors | None, Tensors | None]:
     if want.source is not None:
         src = describe_source(want.source, talk.ranks, talk.rank)
     return dst, src
+
+
+def _check_whole(asked: Tensors) -> None:
+    """Raise where a stream is asked for a part of a tensor.
+
+    Raises:
+        PlanError: a DTensor.
+    """
+    findings = [
+        Finding(
+            d.name,
+            "layout",
+            "a DTensor, of which a rank has a part",
+            "a tensor, perhaps on the meta device: a stream gives out whole ones",
+            "pass a model without stream=True to have its shards written",
+        )
+        for d, spread in zip(asked.destinations, asked.spreads, strict=True)
+        if spread is not None
+    ]
+    if findings:
+        raise plan_error(findings)
 
 
 def _is_here(spread: Spread) -> bool:
