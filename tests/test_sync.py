@@ -350,6 +350,14 @@ def versions(rank: int) -> None:
     )
     assert "w | " in text and "kept" in text, text
 
+    # One of nothing at all.
+    empty = pkd.Sync({} if rank else None, source=None if rank else {}, stream=rank > 0)
+    assert not (list(empty.weights()) if rank else empty.step().messages) and empty.version == 1
+    # A model that no rank has, of files or of tensors.
+    for given in ("missing.safetensors", {"w": torch.ones(4)}, None):
+        text, _ = error_of(lambda given=given: pkd.plan(None, given))  # type: ignore[misc]
+        assert "no rank of 2 has a model" in text, text
+
 
 def test_versions_and_arguments() -> None:
     ranks.run(versions, 2)

@@ -102,10 +102,10 @@ def agree_on(
     _same_settings(talk, briefs, settings)
     streams = tuple(r for r, b in enumerate(briefs) if b.stream)
     as_source = any(briefs[r].dst is None for r in streams)
-    if all(b.src is None for b in briefs):
-        raise SyncError(f"no rank of {talk.size} has a source; nothing was written.")
     if all(b.dst is None and not b.stream for b in briefs):
         raise SyncError(f"no rank of {talk.size} has a model to write; nothing was written.")
+    if all(b.src is None for b in briefs):
+        raise SyncError(f"no rank of {talk.size} has a source; nothing was written.")
     source = _side(talk, "source", src, [b.src for b in briefs])
     if as_source:
         if any(b.dst is not None for b in briefs):

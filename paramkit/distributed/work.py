@@ -223,7 +223,7 @@ class Work:
     def _build(self) -> None:
         device = torch.device("cuda", torch.cuda.current_device()) if self._wire_on_gpu() else None
         self._locals(device or torch.device("cpu"))
-        groups = [self._of_pass(k) for k in range(len(self.buckets) if self.buckets else 1)]
+        groups = [self._of_pass(k) for k in range(1 if self.buckets is None else len(self.buckets))]
         own, wire, sums = self.own, self.wire, self.want.sums[1]
         self.passes = [
             Traffic(streams, self.talk.rank, own, wire, self.capacity, sums, device)
@@ -376,7 +376,10 @@ class Work:
         Raises:
             SyncError: a rank could not be reached.
         """
-        self._watch.bump()
+        try:
+            self._watch.bump()
+        except BaseException as error:
+            course.fail(error)
         for k, traffic in enumerate(self.passes):
             Run(
                 self.talk,
