@@ -318,6 +318,41 @@ def test_streams_that_stop_early_fail_on_every_rank() -> None:
 # ---- versions and arguments ----------------------------------------------------------------------
 
 
+def given_up(rank: int) -> None:
+    """An engine raises, and whoever handles that keeps the error, and with it the generator."""
+    source = {"v": torch.ones(4), "w": torch.ones(4)} if rank == 0 else None
+    sync = pkd.Sync(source=source, stream=rank == 1)
+
+    def engine(weights: Any) -> None:
+        for _ in weights:
+            raise ValueError("on purpose")
+
+    kept = []
+    for then in ("step", "rebuild"):
+        if rank:
+            with pytest.raises(ValueError) as caught:
+                engine(sync.weights())
+            kept.append(caught)
+        # The next call of this rank ends the step of the other one.
+        if then == "step":
+            text, who = error_of(lambda: list(sync.weights()) if rank else sync.step())
+            assert "not taken to the end" in text and who == 1, text
+            assert sync.version == 0
+            assert [n for n, _ in sync.weights()] == ["v", "w"] if rank else sync.step()
+    if rank == 0:
+        text, _ = error_of(sync.step)
+        assert "could not be reached" in text, text
+    # What the old group has to say is of no matter to a new one.
+    ranks.new_group("next", rank, 2)
+    sync.rebuild()
+    assert [n for n, _ in sync.weights()] == ["v", "w"] if rank else sync.step()
+    assert sync.version == 2
+
+
+def test_a_step_that_was_given_up_is_ended_by_the_next() -> None:
+    ranks.run(given_up, 2, group_timeout=5.0)
+
+
 def versions(rank: int) -> None:
     source = {"w": torch.ones(4)} if rank == 0 else None
     model = {"w": torch.zeros(4)}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from ..torn import Torn
 from .buckets import Bucket
 from .summary import explained
 from .talk import Talk
-from .transfer import pass_over
+from .transfer import Abandoned, pass_over
 from .work import Want, Work
 
 __all__ = ["Sync", "SyncReport"]
@@ -138,7 +140,7 @@ class Sync:
         self._want = made[0]
         self.version = 0
         self.torn: Torn | None = None
-        self._busy = False
+        self._open: Any = None  # the generator of the step that is under way
         self._work = Work(talk, self._want, "planning")
 
     @property
@@ -165,7 +167,8 @@ class Sync:
         """A step, on a rank that takes a stream: whole tensors, some at a time, in one buffer.
 
         Take them to the end: the other ranks wait. What is not taken to the end makes the step fail on
-        every rank; close the generator (`contextlib.closing`) where the taker may raise.
+        every rank, once the generator is closed (`contextlib.closing`, where the taker may raise) or another step
+        is begun.
 
         Yields:
             Buckets whose memory is used again for the next.
@@ -207,6 +210,10 @@ class Sync:
         Raises:
             SyncError: on every rank of the new group.
         """
+        given_up = self._open
+        if given_up is not None and not given_up.gi_running:
+            with suppress(Abandoned):  # of the group before nobody waits any more
+                given_up.throw(Abandoned("a new group took over"))
         self._work = Work(Talk(group), self._want, "planning")
 
     def explain(self) -> str:
@@ -214,17 +221,25 @@ class Sync:
         return explained(self._work)
 
     def _passes(self) -> Generator[int, None, None]:
-        if self._busy:
+        """Begin a step, and end one that was given up: the other ranks wait in that one."""
+        given_up = self._open
+        if given_up is not None:
+            if not given_up.gi_running:
+                given_up.close()  # raises, as on the other ranks
             raise PlanError("a step of this Sync is under way already.")
-        self._busy = True
+        self._open = step = self._step()
+        return step
+
+    def _step(self) -> Generator[int, None, None]:
+        work = self._work
         try:
-            self.version = yield from pass_over(self._work, self.version, None, self._want.model)
+            self.version = yield from pass_over(work, self.version, None, self._want.model)
             self.torn = None
         except BaseException:
-            self.torn = self._work.torn or self.torn
+            self.torn = work.torn or self.torn
             raise
         finally:
-            self._busy = False
+            self._open = None
 
     def _report(self, start: float) -> SyncReport:
         passes = self._work.passes

@@ -22,7 +22,7 @@ from .summary import explained
 from .talk import Talk, failure_of
 from .work import Want, Work
 
-__all__ = ["Transfer", "pass_over", "plan", "transplant"]
+__all__ = ["Abandoned", "Transfer", "pass_over", "plan", "transplant"]
 
 Progress = Callable[[int, int], object]
 Model: TypeAlias = "nn.Module | Mapping[str, Tensor]"
@@ -283,6 +283,10 @@ class Transfer:
         return f"<paramkit.distributed.Transfer: rank {self._talk.rank} of {self._talk.size}>"
 
 
+class Abandoned(BaseException):
+    """Thrown into a pass that is not to talk to its group any more."""
+
+
 def pass_over(work: Work, version: int, progress: Progress | None, model: object) -> Any:
     """Check on all ranks, send and write, and agree on the outcome. Yields after each pass.
 
@@ -317,6 +321,8 @@ def pass_over(work: Work, version: int, progress: Progress | None, model: object
                 continue
             try:
                 yield k
+            except Abandoned:
+                raise
             except BaseException as error:
                 # Whoever takes the tensors has stopped: the other ranks still wait for messages.
                 stopped = True
