@@ -45,10 +45,13 @@ def nothing_sent() -> Iterator[None]:
 
 def told(work: Callable[[], object]) -> tuple[str, int | None, str]:
     """The error of something that fails: its text, its rank, and what caused it here."""
-    with pytest.raises(pkd.SyncError) as caught:
+    with pytest.raises((pkd.SyncError, KeyboardInterrupt)) as caught:
         work()
-    cause = caught.value.__cause__
-    return str(caught.value), caught.value.rank, "" if cause is None else type(cause).__name__
+    error, cause = caught.value, caught.value.__cause__
+    if isinstance(error, KeyboardInterrupt):  # it stays one where it came
+        error, cause = cause, error  # type: ignore[assignment]
+    assert isinstance(error, pkd.SyncError)
+    return str(error), error.rank, "" if cause is None else type(cause).__name__
 
 
 # ---- before anything is sent ---------------------------------------------------------------------
@@ -379,3 +382,19 @@ def test_a_rank_that_is_gone_is_noticed_and_the_others_go_on(how: str, at: str) 
             assert torn == (6, 0)
         else:
             assert torn is not None and sum(torn) == 6
+
+
+def wrong_calls(rank: int) -> list[tuple[str, int | None, str]]:
+    source = {"w": torch.ones(3)} if rank == 0 else None
+    sync = pkd.Sync(None, source=source, stream=rank == 1)
+    out = [told(sync.step)]  # rank 1 takes a stream
+    assert sync.step().version == 1 if rank == 0 else len(list(sync.weights())) == 1
+    out.append(told(lambda: list(sync.weights())))  # rank 0 does not
+    return out
+
+
+def test_the_wrong_way_to_take_a_step_is_told_to_all() -> None:
+    found = ranks.run(wrong_calls, 2, timeout=20, group_timeout=10)
+    for k, (who, word) in enumerate([(1, "takes a stream"), (0, "call step()")]):
+        assert [f[k][1] for f in found] == [who, who]
+        assert word in found[0][k][0] and found[0][k][0] == found[1][k][0]

@@ -156,10 +156,11 @@ class Sync:
         Raises:
             SyncError: on every rank that can be reached.
         """
+        refusal = None
         if self._want.stream:
-            raise PlanError("this rank takes a stream: use weights() or buckets() for a step.")
+            refusal = PlanError("this rank takes a stream: use weights() or buckets() for a step.")
         start = perf_counter()
-        for _ in self._passes():
+        for _ in self._passes(refusal):
             pass
         return self._report(start)
 
@@ -176,9 +177,10 @@ class Sync:
         Raises:
             SyncError: on every rank that can be reached.
         """
+        refusal = None
         if not self._want.stream:
-            raise PlanError("made without stream=True: call step().")
-        passes = self._passes()
+            refusal = PlanError("made without stream=True: call step().")
+        passes = self._passes(refusal)
         try:
             for k in passes:
                 assert self._work.buckets is not None
@@ -220,20 +222,20 @@ class Sync:
         """What this rank sends and receives, as text."""
         return explained(self._work)
 
-    def _passes(self) -> Generator[int, None, None]:
+    def _passes(self, refusal: PlanError | None) -> Generator[int, None, None]:
         """Begin a step, and end one that was given up: the other ranks wait in that one."""
         given_up = self._open
         if given_up is not None:
             if not given_up.gi_running:
                 given_up.close()  # raises, as on the other ranks
             raise PlanError("a step of this Sync is under way already.")
-        self._open = step = self._step()
+        self._open = step = self._step(refusal)
         return step
 
-    def _step(self) -> Generator[int, None, None]:
+    def _step(self, refusal: PlanError | None) -> Generator[int, None, None]:
         work = self._work
         try:
-            self.version = yield from pass_over(work, self.version, None, self._want.model)
+            self.version = yield from pass_over(work, self.version, None, self._want.model, refusal)
             self.torn = None
         except BaseException:
             self.torn = work.torn or self.torn

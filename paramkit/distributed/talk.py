@@ -127,7 +127,10 @@ class Talk:
         others = [r for r, _ in bad[1:]]
         also = f" (also on rank{'s' if len(others) > 1 else ''} {_few(others)})" if others else ""
         where = f"{doing} failed on rank {rank} of {self.size}{also}: " if told is None else ""
-        raise SyncError(f"{where}{summary}", findings, rank if told is None else told) from error
+        made = SyncError(f"{where}{summary}", findings, rank if told is None else told)
+        if error is not None and not isinstance(error, Exception):
+            raise error from made  # an interrupt stays one where it came: who tries again does not catch it
+        raise made from error
 
     @contextmanager
     def reaching(self, whom: str) -> Iterator[None]:

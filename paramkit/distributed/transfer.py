@@ -287,7 +287,13 @@ class Abandoned(BaseException):
     """Thrown into a pass that is not to talk to its group any more."""
 
 
-def pass_over(work: Work, version: int, progress: Progress | None, model: object) -> Any:
+def pass_over(
+    work: Work,
+    version: int,
+    progress: Progress | None,
+    model: object,
+    refusal: Exception | None = None,
+) -> Any:
     """Check on all ranks, send and write, and agree on the outcome. Yields after each pass.
 
     Args:
@@ -295,6 +301,7 @@ def pass_over(work: Work, version: int, progress: Progress | None, model: object
         version: that this rank holds; the one that is sent is one more than the highest of all ranks.
         progress: as for `Transfer.apply`.
         model: is marked where it is left torn.
+        refusal: why this rank does not take part; the others are told.
 
     Returns:
         The version that all ranks hold now.
@@ -303,9 +310,10 @@ def pass_over(work: Work, version: int, progress: Progress | None, model: object
         SyncError: on every rank that can be reached.
     """
     talk = work.talk
-    error: BaseException | None = None
+    error: BaseException | None = refusal
     try:
-        work.check()
+        if refusal is None:
+            work.check()
     except BaseException as caught:
         error = caught
     states = talk.numbers([error is not None, version, work.number])

@@ -128,7 +128,7 @@ def _meet(written: Tensor, other: Tensor) -> bool:
 
 def _span(tensor: Tensor) -> tuple[int, int]:
     """The addresses from the first to behind the last element."""
-    if not tensor.numel() or tensor.device.type != "cpu":
+    if not tensor.numel() or tensor.is_meta:
         return 0, 0
     begin = tensor.data_ptr()
     if tensor.is_contiguous():
