@@ -54,9 +54,12 @@ def tables(result: dict[str, Any]) -> str:
             f"{p['receiver']:.1f} |"
         )
     facts = result["machine"]
+    load = facts["load"] or 0
+    busy = f" The machine was busy (load {load} before the run)." if load > 0.5 else ""
     out += [
         "",
-        f"{facts.get('cpu', '')}, {facts.get('cores', '')} cores, torch {facts['torch']}.",
+        f"{facts['cpu']}, {facts['cores']} cores; torch {facts['torch']}, commit {facts['commit']}, "
+        f"{facts['date']}.{busy}",
     ]
     return "\n".join(out)
 
