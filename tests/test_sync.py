@@ -427,3 +427,22 @@ def in_parts(rank: int) -> None:
 
 def test_a_stream_of_parts_is_refused() -> None:
     ranks.run(in_parts, 2)
+
+
+def joins(rank: int) -> tuple[int, bool] | None:
+    source = {"w": torch.arange(6.0)} if rank == 0 else None
+    replica = {"w": torch.zeros(6)} if rank else None
+    two = dist.new_group([0, 1])
+    everyone = dist.new_group([0, 1, 2])
+    if rank < 2:
+        sync = pkd.Sync(replica, two, source=source)
+        sync.step()
+        sync.rebuild(everyone)
+    else:
+        sync = pkd.Sync(replica, everyone, source=source)
+    sync.step()
+    return sync.version, replica is None or torch.equal(replica["w"], torch.arange(6.0))
+
+
+def test_a_rank_joins_while_the_others_rebuild() -> None:
+    assert ranks.run(joins, 3) == [(2, True)] * 3

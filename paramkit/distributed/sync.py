@@ -24,6 +24,7 @@ from .work import Want, Work
 
 __all__ = ["Sync", "SyncReport"]
 
+_ARGUMENTS = "reading the arguments"
 _CHECKSUMS = {
     None: (False, False),
     "bucket": (True, False),
@@ -136,7 +137,7 @@ class Sync:
             )
             made.append(Want(model, source, options, bucket_bytes, _CHECKSUMS[checksum], stream))
 
-        talk.together("reading the arguments", read)
+        talk.together(_ARGUMENTS, read)
         self._want = made[0]
         self.version = 0
         self.torn: Torn | None = None
@@ -204,7 +205,7 @@ class Sync:
         """Agree and compile anew: with a new group after a failure, or after parameters were replaced.
 
         Versions and torn states stay; the next step writes everything, and so repairs them. Collective
-        over the new group.
+        over the new group; a rank that joins makes its `Sync` meanwhile.
 
         Args:
             group: None: the default group.
@@ -216,7 +217,9 @@ class Sync:
         if given_up is not None and not given_up.gi_running:
             with suppress(Abandoned):  # of the group before nobody waits any more
                 given_up.throw(Abandoned("a new group took over"))
-        self._work = Work(Talk(group), self._want, "planning")
+        talk = Talk(group)
+        talk.together(_ARGUMENTS, lambda: None)  # as a rank does that makes its Sync now, and joins
+        self._work = Work(talk, self._want, "planning")
 
     def explain(self) -> str:
         """What this rank sends and receives, as text."""
