@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -132,15 +131,25 @@ class Talk:
             raise error from made  # an interrupt stays one where it came: who tries again does not catch it
         raise made from error
 
-    @contextmanager
-    def reaching(self, whom: str) -> Iterator[None]:
+    def reaching(self, whom: str) -> _Reaching:
         """Say which ranks could not be reached, where torch says which connection failed."""
-        try:
-            yield
-        except (RuntimeError, dist.DistError) as error:
-            if isinstance(error, PlanError):
-                raise
-            raise Unreachable(whom, error) from error
+        return _Reaching(whom)
+
+
+class _Reaching:
+    """The context of `Talk.reaching`; a class, as a step enters some of them and is short."""
+
+    __slots__ = ("_whom",)
+
+    def __init__(self, whom: str) -> None:
+        self._whom = whom
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (RuntimeError, dist.DistError)) and not isinstance(error, PlanError):
+            raise Unreachable(self._whom, error) from error
 
 
 class Unreachable(SyncError):

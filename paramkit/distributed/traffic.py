@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from math import prod
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -204,24 +204,19 @@ class Traffic:
             side = box.second if sent else box.first
             yield write, view_of(tensor, box.sizes, *placed(side, tensor.stride()))
 
-    @property
+    @cached_property
     def bytes_sent(self) -> int:
         """Payload bytes, counted once for each receiver."""
         return sum(
             m.bytes * len(self.streams[n].receivers) for r in self.rounds for n, _, m in r.sends
         )
 
-    @property
+    @cached_property
     def bytes_received(self) -> int:
         """Payload bytes."""
         return sum(m.bytes for r in self.rounds for _, _, m in r.receives)
 
-    @property
+    @cached_property
     def count(self) -> int:
         """Messages sent and received, a broadcast counted as one."""
         return sum(len(r.sends) + len(r.receives) for r in self.rounds)
-
-
-def elements_of(streams: Sequence[Stream]) -> int:
-    """All elements of some streams."""
-    return sum(prod(p.box.sizes) for s in streams for p in s.pieces)

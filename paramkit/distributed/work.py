@@ -6,7 +6,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 from typing import Any
 
@@ -330,7 +330,7 @@ class Work:
             PlanError: nothing was sent.
         """
         findings = self._watch.findings()
-        for found in self._plans():
+        for found in self._plans:
             dsts, srcs = found.moved()
             if dsts or srcs:
                 text = "other memory or another layout"
@@ -345,11 +345,11 @@ class Work:
         if findings:
             raise PlanError("the transfer no longer fits; nothing was sent.", findings)
 
-    def _plans(self) -> Iterator[Any]:
-        yield from (p for p in self._direct if p is not None)
-        for traffic in self.passes:
-            for found in traffic.rounds:
-                yield from (p for p in (found.pack, found.unpack) if p is not None)
+    @cached_property
+    def _plans(self) -> list[Any]:
+        rounds = [found for traffic in self.passes for found in traffic.rounds]
+        made = [*self._direct, *(p for r in rounds for p in (r.pack, r.unpack))]
+        return [p for p in made if p is not None]
 
     def _value_findings(self) -> list[Finding]:
         resolved = self.resolved
