@@ -255,7 +255,7 @@ class _Localizer:
 
     def _mean(self, src: int, mean: Mean) -> Mean:
         source = mean.source
-        if isinstance(source, Spread) and not _is_here(source):
+        if isinstance(source, Spread) and not source.is_here():
             self._elsewhere(self.resolved.source_names[src], src)
         return mean
 
@@ -389,11 +389,6 @@ def _geometry(box: Box, first: SpreadPart | None, second: SpreadPart | None) -> 
     a = placed(box.first, first.held.stride() if first else (1,))
     b = placed(box.second, second.held.stride() if second else (1,))
     return (box.sizes, *a, *b)
-
-
-def _is_here(spread: Spread) -> bool:
-    held = [prod(part.shape) for part in spread.parts if part.held is not None]
-    return sum(held) >= spread.numel()
 
 
 def _nothing(spread: Spread) -> Any:

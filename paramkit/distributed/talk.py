@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -80,15 +80,9 @@ class Talk:
         Raises:
             SyncError: the first rank's error, with what it found.
         """
-        result: Any = None
-        error: BaseException | None = None
-        try:
-            result = work()
-        except BaseException as caught:
-            error = caught
+        result, error = _tried(work)
         self.agree(error, doing)
-        found: T = result
-        return found
+        return cast(T, result)
 
     def collected(self, doing: str, work: Callable[[], T]) -> list[T]:
         """What comes of something that every rank does; where it fails on one, all raise.
@@ -96,15 +90,10 @@ class Talk:
         Raises:
             SyncError: as `together`.
         """
-        result: Any = None
-        error: BaseException | None = None
-        try:
-            result = work()
-        except BaseException as caught:
-            error = caught
+        result, error = _tried(work)
         said = self.gather((None if error is None else failure_of(error), result))
         self.judge([failure for failure, _ in said], error, doing)
-        return [found for _, found in said]
+        return [cast(T, found) for _, found in said]
 
     def agree(self, error: BaseException | None, doing: str) -> None:
         """Raise on every rank if one of them has an error.
@@ -164,6 +153,13 @@ class Unreachable(SyncError):
 
     def __reduce__(self) -> tuple[type, Any]:
         return type(self), (self.whom, self.why)
+
+
+def _tried(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    try:
+        return work(), None
+    except BaseException as error:  # also an interrupt: the other ranks would wait
+        return None, error
 
 
 def failure_of(error: BaseException) -> Failure:

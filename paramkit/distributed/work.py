@@ -174,7 +174,7 @@ class Work:
         out = []
         for name, tensor in zip(self.resolved.source_names, self.resolved.source_tensors):
             if isinstance(tensor, Mean) and isinstance(tensor.source, Spread):
-                if not _is_here(tensor.source):
+                if not tensor.source.is_here():
                     out.append(
                         Finding(
                             name,
@@ -196,7 +196,7 @@ class Work:
             same = (one.src_strides, one.src_offset) == (other.src_strides, other.src_offset)
             if same and a.location() == b.location():
                 continue
-            if _is_here(a) and _is_here(b):
+            if a.is_here() and b.is_here():
                 mine.append(tie)
             names = [resolved.source_names[w.src] for w in tie]
             full = [_in_full(self.common, number[name]) for name in names]
@@ -474,11 +474,6 @@ def _check_whole(asked: Tensors) -> None:
     ]
     if findings:
         raise plan_error(findings)
-
-
-def _is_here(spread: Spread) -> bool:
-    held = [prod(part.shape) for part in spread.parts if part.held is not None]
-    return sum(held) >= spread.numel()
 
 
 def _in_full(common: Common, source: int) -> set[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -100,6 +101,11 @@ class Spread(Lazy):
     def is_cuda(self) -> bool:
         """Whether the parts are on a GPU."""
         return self.device.type == "cuda"
+
+    def is_here(self) -> bool:
+        """Whether this process holds every element."""
+        held = (part.shape for part in self.parts if part.held is not None)
+        return sum(map(prod, held)) >= self.numel()
 
     def location(self) -> Hashable:
         return (id(self),) if self.key is None else self.key
