@@ -362,6 +362,7 @@ def _called(job: Job, rank: int) -> Any:
         world_size=job.world,
         timeout=datetime.timedelta(seconds=job.group_timeout),
     )
+    dist.barrier()  # or one that fails at once is gone while the others still connect to it
     target: Any = import_module(job.module)
     for part in job.name.split("."):
         target = getattr(target, part)

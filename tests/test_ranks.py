@@ -265,6 +265,8 @@ def test_all_ends_with_the_process_that_asked(number: signal.Signals, tmp_path: 
         env=env,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        # Where the suite runs in the background, interrupts are ignored, and so by what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         until(lambda: len(running(seconds)) == 2 * 2 and len([*tmp_path.glob("*.pid")]) == 2)
