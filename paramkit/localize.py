@@ -129,14 +129,7 @@ def local_writes(write: Write, dst: Any, src: Any, name: str) -> list[tuple[Any,
     """
     if not isinstance(dst, Spread) and not isinstance(src, Spread):
         return [(dst, src, write)]
-    geometry = (
-        write.sizes,
-        write.dst_strides,
-        write.dst_offset,
-        write.src_strides,
-        write.src_offset,
-    )
-    pieces, complete = _pieces(geometry, dst, src, False)
+    pieces, complete = _pieces(write.geometry, dst, src, False)
     if not complete:
         raise plan_error([_elsewhere(name, "the source")])
     out = []
@@ -179,11 +172,7 @@ class _Localizer:
         reads_made = len(r.source_tensors) - r.made
         later: list[tuple[Write, list[_Piece]]] = []
         for w in r.writes:
-            pieces, complete = self._cut(
-                (w.sizes, w.dst_strides, w.dst_offset, w.src_strides, w.src_offset),
-                self.dsts[w.dst],
-                self.srcs[w.src],
-            )
+            pieces, complete = self._cut(w.geometry, self.dsts[w.dst], self.srcs[w.src])
             if not (complete and self._complete_elsewhere(w)):
                 self._elsewhere(r.destinations[w.dst].name, w.src)
             later.append((w, pieces))
@@ -232,10 +221,10 @@ class _Localizer:
     def _destination(self, d: Any) -> Any:
         if not isinstance(d.tensor, Spread):
             return d
-        held = next((p.held for p in d.tensor.parts if p.held is not None), None)
-        if held is None:
-            return replace(d, tensor=_nothing(d.tensor), wrapper=d.tensor.wrapper)
-        return replace(d, tensor=held, wrapper=d.tensor.wrapper)
+        held = local_tensor(d.tensor)
+        return replace(
+            d, tensor=_nothing(d.tensor) if held is None else held, wrapper=d.tensor.wrapper
+        )
 
     def _write(self, w: Write, piece: _Piece) -> Write:
         return Write(w.dst, self._number(w.src, piece.second), *piece.geometry, w.text)
@@ -309,7 +298,7 @@ class _Localizer:
         writer, reader = (t.wrapper if isinstance(t, Spread) else None for t in (dst, src))
         if reader is None or (writer is None and isinstance(dst, Spread)):
             return True
-        geometry = (w.sizes, w.dst_strides, w.dst_offset, w.src_strides, w.src_offset)
+        geometry = w.geometry
         places = [place_of(t) for t in (writer, reader) if t is not None]
         key = (geometry, *map(id, places))
         found = self.everywhere.get(key)

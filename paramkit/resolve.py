@@ -59,10 +59,14 @@ class Write:
     src_offset: int
     text: str = ""
 
+    @property
+    def geometry(self) -> tuple[tuple[int, ...], tuple[int, ...], int, tuple[int, ...], int]:
+        """Sizes, and strides and offset of both views."""
+        return (self.sizes, self.dst_strides, self.dst_offset, self.src_strides, self.src_offset)
+
     def plain(self, dst: int, src: int) -> tuple[Any, ...]:
         """As a backend's plan takes it, for the destination and source of these numbers."""
-        layout = (self.sizes, self.dst_strides, self.dst_offset, self.src_strides, self.src_offset)
-        return (dst, src, *layout)
+        return (dst, src, *self.geometry)
 
 
 class Tie(NamedTuple):

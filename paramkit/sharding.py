@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Hashable, Iterable, Sequence
 from functools import lru_cache
 from itertools import product
@@ -129,14 +130,14 @@ class _Place(NamedTuple):
     """What DTensors of one shape, mesh and placements have in common on this rank.
 
     Attributes:
-        mesh: kept, so that its number is nobody else's.
+        mesh: weakly: it may go, with its process groups, while this is remembered.
         splits: None where a placement is neither a shard nor a replica.
         axes: of this rank's part, None where it has none.
         shape: of the part.
         text: of shape and placements.
     """
 
-    mesh: Any
+    mesh: weakref.ref[Any]
     splits: tuple[Split, ...] | None
     axes: Axes | None
     shape: tuple[int, ...]
@@ -149,9 +150,10 @@ _places: dict[tuple[Any, ...], _Place] = {}
 def place_of(tensor: Any) -> _Place:
     """Where a DTensor's shard of this rank lies. Models repeat shapes, so nearly all are known."""
     spec = tensor._spec
-    key = (id(spec.mesh), spec.placements, tensor.shape)
+    mesh = spec.mesh
+    key = (id(mesh), spec.placements, tensor.shape)
     found = _places.get(key)
-    if found is None:
+    if found is None or found.mesh() is not mesh:  # the number was that of a mesh that is gone
         if len(_places) > 1 << 14:
             _places.clear()
         found = _places[key] = _placed(tensor)
@@ -160,16 +162,16 @@ def place_of(tensor: Any) -> _Place:
 
 def _placed(tensor: Any) -> _Place:
     mesh, shape = tensor.device_mesh, tuple(tensor.shape)
-    text = (shape, str(tensor.placements))
+    own, text = weakref.ref(mesh), (shape, str(tensor.placements))
     try:
         splits = tuple(split_of(p) for p in tensor.placements)
     except ValueError:
-        return _Place(mesh, None, None, (), text)
+        return _Place(own, None, None, (), text)
     coordinate = mesh.get_coordinate()
     if coordinate is None:
-        return _Place(mesh, splits, None, (), text)
+        return _Place(own, splits, None, (), text)
     axes = axes_at(shape, tuple(mesh.shape), tuple(coordinate), splits)
-    return _Place(mesh, splits, axes, SpreadPart(axes, None).shape, text)
+    return _Place(own, splits, axes, SpreadPart(axes, None).shape, text)
 
 
 def axes_by_rank(tensor: Any) -> dict[int, Axes]:
@@ -177,9 +179,9 @@ def axes_by_rank(tensor: Any) -> dict[int, Axes]:
     place = place_of(tensor)
     if place.splits is None:
         return {}
-    mesh = tuple(place.mesh.shape)
+    mesh = tuple(tensor.device_mesh.shape)
     coordinates = product(*(range(n) for n in mesh))
-    ranks = place.mesh.mesh.flatten().tolist()
+    ranks = tensor.device_mesh.mesh.flatten().tolist()
     shape = tuple(tensor.shape)
     return {
         rank: axes_at(shape, mesh, coordinate, place.splits)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import permutations
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 import paramkit
 from paramkit import PlanError, Rule
 from paramkit.backend import native
+from tests.calls import python_calls
 from tests.guards import (
     Layout,
     assert_same_bits,
@@ -1129,22 +1129,6 @@ def test_a_released_plan_does_not_keep_a_model_alive() -> None:
 
 
 # A replay runs no Python code per tensor.
-
-
-def python_calls(call: Callable[[], object]) -> int:
-    """How many calls, of Python functions and from Python code, a call makes."""
-    count = 0
-
-    def profile(frame: FrameType, event: str, argument: object) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    sys.setprofile(profile)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
-    return count
 
 
 class Many(nn.Module):

@@ -19,6 +19,7 @@ from paramkit import Rule
 from paramkit.distributed.checksum import checksum
 from paramkit.distributed.run import Run, broadcasts
 from tests import ranks
+from tests.calls import python_calls
 from tests.guards import bits, watch
 from tests.layouts import arrange, assert_holds, local_of, sharded
 from tests.renamed import RULES, checkpoint, destination, expected
@@ -446,3 +447,41 @@ def joins(rank: int) -> tuple[int, bool] | None:
 
 def test_a_rank_joins_while_the_others_rebuild() -> None:
     assert ranks.run(joins, 3) == [(2, True)] * 3
+
+
+def counts(rank: int) -> list[int]:
+    """Calls of one step with few parameters, and with many."""
+    out = []
+    for n in (10, 500):
+        held = {f"w.{k}": torch.ones(3) for k in range(n)}
+        model = nn.ParameterList([nn.Parameter(torch.zeros(3)) for _ in range(n)])
+        rules = [Rule("w.{i}", "{i}")]
+        sync = pkd.Sync(model if rank else None, source=None if rank else held, rules=rules)
+        sync.step()
+        out.append(python_calls(sync.step))
+        assert not rank or all(bool((p == 1).all()) for p in model)
+    return out
+
+
+def test_a_step_runs_no_python_for_a_parameter() -> None:
+    for few, many in ranks.run(counts, 3):
+        assert few == many < 400
+
+
+def moved(rank: int) -> str:
+    source = {"a": torch.ones(3), "b": torch.ones(3)} if rank == 0 else None
+    model = nn.ParameterDict({n: torch.zeros(3) for n in "ab"}) if rank else None
+    sync = pkd.Sync(model, source=source)
+    sync.step()
+    if model is not None:
+        model["b"].data = torch.zeros(3)
+    with pytest.raises(pkd.SyncError) as caught:
+        sync.step()
+    sync.rebuild()
+    assert sync.step().version == 2
+    return str(caught.value)
+
+
+def test_what_moved_is_named() -> None:
+    first, second = ranks.run(moved, 2)
+    assert first == second and "b | moved" in first and "a | moved" not in first

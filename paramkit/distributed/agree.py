@@ -14,7 +14,7 @@ from .errors import SyncError
 from .layout import Description, Held, Tensors
 from .talk import Failure, Talk, failure_of
 
-__all__ = ["Common", "Side", "agree_on"]
+__all__ = ["Common", "Side", "agree_on", "compare", "first_difference"]
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,14 @@ class _Brief:
     stream: bool
 
 
-def agree_on(
+def compare(
     talk: Talk,
     work: Callable[[], tuple[Tensors | None, Tensors | None]],
     settings: Mapping[str, str],
     doing: str,
     stream: bool = False,
-) -> tuple[Common, Tensors | None, Tensors | None]:
-    """Tell each other what is written, read and wanted. Collective.
+) -> tuple[list[_Brief], Tensors | None, Tensors | None]:
+    """Make sure that all ranks want the same. Collective.
 
     Args:
         talk: the group.
@@ -76,6 +76,9 @@ def agree_on(
         settings: name -> text; equal on all ranks, or it is an error that names the first difference.
         doing: for the error.
         stream: this rank takes whole tensors one by one, of no model: those of `work`, or else of the source.
+
+    Returns:
+        What each rank said, and what `work` gave.
 
     Raises:
         SyncError: on every rank: one rank's own error, or the first thing in which two ranks differ.
@@ -99,14 +102,33 @@ def agree_on(
     briefs = talk.gather(brief)
     talk.judge([b.error for b in briefs], error, doing)
     _same_versions(briefs)
-    _same_settings(talk, briefs, settings)
-    streams = tuple(r for r, b in enumerate(briefs) if b.stream)
-    as_source = any(briefs[r].dst is None for r in streams)
+    if any(b.settings != briefs[0].settings for b in briefs):
+        first_difference(talk.gather(dict(settings)))
     if all(b.dst is None and not b.stream for b in briefs):
         raise SyncError(f"no rank of {talk.size} has a model to write; nothing was written.")
+    _same_meaning(talk, "source", src, [b.src for b in briefs])
+    _same_meaning(talk, "model", dst, [b.dst for b in briefs])
+    return briefs, dst, src
+
+
+def agree_on(
+    talk: Talk,
+    work: Callable[[], tuple[Tensors | None, Tensors | None]],
+    settings: Mapping[str, str],
+    doing: str,
+    stream: bool = False,
+) -> tuple[Common, Tensors | None, Tensors | None]:
+    """`compare`, and tell each other who holds what. Collective.
+
+    Args, Raises:
+        as `compare`.
+    """
+    briefs, dst, src = compare(talk, work, settings, doing, stream)
+    streams = tuple(r for r, b in enumerate(briefs) if b.stream)
+    as_source = any(briefs[r].dst is None for r in streams)
     if all(b.src is None for b in briefs):
         raise SyncError(f"no rank of {talk.size} has a source; nothing was written.")
-    source = _side(talk, "source", src, [b.src for b in briefs])
+    source = _side(talk, src, [b.src for b in briefs])
     if as_source:
         if any(b.dst is not None for b in briefs):
             raise SyncError(
@@ -115,7 +137,7 @@ def agree_on(
             )
         model = _like_source(source, streams)
     else:
-        model = _side(talk, "model", dst, [b.dst for b in briefs])
+        model = _side(talk, dst, [b.dst for b in briefs])
     return Common(model, source, streams, any(b.cuda for b in briefs)), dst, src
 
 
@@ -129,12 +151,9 @@ def _like_source(source: Side, ranks: tuple[int, ...]) -> Side:
     return Side(description, ((Held((len(ranks),), ranks, (None,)),),) * n, ranks)
 
 
-def _side(
-    talk: Talk, what: str, own: Tensors | None, digests: Sequence[tuple[str, str] | None]
-) -> Side:
+def _side(talk: Talk, own: Tensors | None, digests: Sequence[tuple[str, str] | None]) -> Side:
     mine = None if own is None else own.description
     holders = [r for r, d in enumerate(digests) if d is not None]
-    _same_meaning(talk, what, mine, digests)
     # Of ranks that say the same, the first speaks; where all say the same, nobody has to.
     said: dict[str, Description] = {}
     for r in holders:
@@ -179,10 +198,15 @@ def _same_versions(briefs: Sequence[_Brief]) -> None:
                 )
 
 
-def _same_settings(talk: Talk, briefs: Sequence[_Brief], settings: Mapping[str, str]) -> None:
-    if all(b.settings == briefs[0].settings for b in briefs):
-        return
-    said = talk.gather(dict(settings))
+def first_difference(said: Sequence[Mapping[str, str]]) -> None:
+    """Raise if ranks were given different arguments.
+
+    Args:
+        said: of each rank, name -> text.
+
+    Raises:
+        SyncError: with the first argument in which a rank differs from rank 0.
+    """
     for rank, other in enumerate(said):
         for name in {**said[0], **other}:
             a, b = said[0].get(name, "nothing"), other.get(name, "nothing")
@@ -197,10 +221,13 @@ def _same_settings(talk: Talk, briefs: Sequence[_Brief], settings: Mapping[str, 
 def _same_meaning(
     talk: Talk,
     what: str,
-    mine: Description | None,
+    own: Tensors | None,
     digests: Sequence[tuple[str, str] | None],
 ) -> None:
     holders = [r for r, d in enumerate(digests) if d is not None]
+    if not holders:
+        return
+    mine = None if own is None else own.description
     first = digests[holders[0]]
     odd = next((r for r in holders if digests[r][0] != first[0]), None)  # type: ignore[index]
     if odd is None:

@@ -205,17 +205,17 @@ def _described(
             held.append(layouts.setdefault(Held((1,), (rank,), (None,)), len(layouts)))
             spreads.append(None)
             continue
-        spread, at = spread_of(tensor), place_of(tensor)
+        spread, splits, mesh = spread_of(tensor), place_of(tensor).splits, tensor.device_mesh
         spreads.append(spread)
         finding = spread_finding(d.name, spread, destination)
-        number = known.get((id(at.mesh), at.splits))
+        number = known.get((id(mesh), splits))
         if finding is None and number is None:
-            assert at.splits is not None
-            members = at.mesh.mesh.flatten().tolist()
+            assert splits is not None
+            members = mesh.mesh.flatten().tolist()
             if all(r in place for r in members):
-                layout = Held(tuple(at.mesh.shape), tuple(place[r] for r in members), at.splits)
+                layout = Held(tuple(mesh.shape), tuple(place[r] for r in members), splits)
                 number = layouts.setdefault(layout, len(layouts))
-                known[id(at.mesh), at.splits] = number
+                known[id(mesh), splits] = number
             else:
                 finding = Finding(
                     d.name,

@@ -81,7 +81,7 @@ def route(resolved: Resolved, common: Common, rank: int) -> tuple[Routes, list[F
             continue  # what a rule makes, every rank makes for itself
         d, s = w.dst, number[w.src]
         dst, src = common.dst.held[d], common.src.held[s]
-        geometry = (w.sizes, w.dst_strides, w.dst_offset, w.src_strides, w.src_offset)
+        geometry = w.geometry
         shapes = common.dst.description.shapes[d], common.src.description.shapes[s]
         key = (geometry, dst, src, shapes)
         found = known.get(key)

@@ -17,9 +17,9 @@ from ..plan import Options
 from ..rules import Rule
 from ..torn import Torn
 from .buckets import Bucket
+from .passing import Abandoned, pass_over
 from .summary import explained
 from .talk import Talk
-from .transfer import Abandoned, pass_over
 from .work import Want, Work
 
 __all__ = ["Sync", "SyncReport"]

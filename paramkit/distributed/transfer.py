@@ -14,15 +14,15 @@ from ..errors import Finding, PlanError
 from ..plan import ModelPlan, Options
 from ..report import Report, Summary
 from ..rules import Rule
-from ..torn import Torn, clear, mark, reason_of
-from .agree import agree_on
+from .agree import compare, first_difference
 from .errors import SyncError
-from .run import Course, Stopped
+from .layout import Tensors, describe_model
+from .passing import pass_over
 from .summary import explained
 from .talk import Talk, failure_of
 from .work import Want, Work
 
-__all__ = ["Abandoned", "Transfer", "pass_over", "plan", "transplant"]
+__all__ = ["Transfer", "pass_over", "plan", "transplant"]
 
 Progress = Callable[[int, int], object]
 Model: TypeAlias = "nn.Module | Mapping[str, Tensor]"
@@ -152,8 +152,7 @@ class Transfer:
         self._talk, self._model, self._src = talk, model, src
         self._options = Options() if options is None else options
         self._work: Work | None = None
-        self._files: ModelPlan | None = None
-        self._from_files = False
+        self._files: ModelPlan | None = None  # where there is no work: each rank reads for itself
         self._compile(source, error)
 
     def _compile(self, source: Any, error: BaseException | None = None) -> None:
@@ -163,22 +162,8 @@ class Transfer:
         failure = None if error is None else failure_of(error)
         heard = talk.gather((failure, _kind(source), None if failure else self._src))
         talk.judge([f for f, *_ in heard], error, "reading the arguments")
-        said = [(kind, src) for _, kind, src in heard]
-        odd = next((r for r, (_, src) in enumerate(said) if src != said[0][1]), None)
-        if odd is not None:
-            raise SyncError(
-                "ranks were given different arguments; nothing was sent.",
-                [
-                    Finding(
-                        "src",
-                        "rule",
-                        f"{said[odd][1]} on rank {odd}",
-                        f"{said[0][1]}, as on rank 0",
-                    )
-                ],
-                odd,
-            )
-        kinds = [kind for kind, _ in said]
+        first_difference([{"src": repr(src)} for _, _, src in heard])
+        kinds = [kind for _, kind, _ in heard]
         paths = [rank for rank, kind in enumerate(kinds) if kind == "path"]
         if self._src is None and paths:
             odd = next((r for r in range(talk.size) if r not in paths), None)
@@ -199,27 +184,21 @@ class Transfer:
             self._same_arguments()
             # What fails leaves the transfer as it was.
             self._files = talk.together("planning", lambda: self._opened(source))
-            self._work, self._from_files = None, True
+            self._work = None
         else:
             if paths:  # src alone reads it, as tensors in memory, mapped
                 source = talk.together("opening the source", lambda: _mapped(source))
             self._work = Work(talk, Want(self._model, source, self._options), "planning")
-            self._files, self._from_files = None, False
+            self._files = None
 
     def _same_arguments(self) -> None:
         """Files are each rank's own matter, but all must want the same of them."""
-        from .layout import describe_model
+        talk, model = self._talk, self._model
 
-        want = Want(self._model, None, self._options)
-        talk = self._talk
+        def mine() -> tuple[Tensors | None, None]:
+            return None if model is None else describe_model(model, talk.ranks, talk.rank), None
 
-        def mine() -> tuple[Any, Any]:
-            if self._model is None:
-                return None, None
-            found = describe_model(self._model, talk.ranks, talk.rank)
-            return found, found
-
-        agree_on(talk, mine, want.settings(), "planning")
+        compare(talk, mine, Want(model, None, self._options).settings(), "planning")
 
     def _opened(self, source: Any) -> ModelPlan | None:
         return None if self._model is None else ModelPlan(self._model, source, self._options)
@@ -248,10 +227,9 @@ class Transfer:
         if any(given for (given,) in talk.numbers([source is not None])):
             self._compile(source)
         start = perf_counter()
-        if self._from_files:
-            return self._apply_files(start, progress)
         work = self._work
-        assert work is not None
+        if work is None:
+            return self._apply_files(start, progress)
         for _ in pass_over(work, 0, progress, self._model):
             pass
         return Report(work.summary, perf_counter() - start)
@@ -281,107 +259,6 @@ class Transfer:
 
     def __repr__(self) -> str:
         return f"<paramkit.distributed.Transfer: rank {self._talk.rank} of {self._talk.size}>"
-
-
-class Abandoned(BaseException):
-    """Thrown into a pass that is not to talk to its group any more."""
-
-
-def pass_over(
-    work: Work,
-    version: int,
-    progress: Progress | None,
-    model: object,
-    refusal: Exception | None = None,
-) -> Any:
-    """Check on all ranks, send and write, and agree on the outcome. Yields after each pass.
-
-    Args:
-        work: compiled on all ranks.
-        version: that this rank holds; the one that is sent is one more than the highest of all ranks.
-        progress: as for `Transfer.apply`.
-        model: is marked where it is left torn.
-        refusal: why this rank does not take part; the others are told.
-
-    Returns:
-        The version that all ranks hold now.
-
-    Raises:
-        SyncError: on every rank that can be reached.
-    """
-    talk = work.talk
-    error: BaseException | None = refusal
-    try:
-        if refusal is None:
-            work.check()
-    except BaseException as caught:
-        error = caught
-    states = talk.numbers([error is not None, version, work.number])
-    _same_transfer([number for _, _, number in states])
-    if any(failed for failed, *_ in states):
-        talk.agree(error, "checking")
-    version = max(v for _, v, _ in states) + 1
-    course = Course()
-    stopped = False
-    try:
-        for k in work.run(version, course, progress):
-            if stopped:
-                continue
-            try:
-                yield k
-            except Abandoned:
-                raise
-            except BaseException as error:
-                # Whoever takes the tensors has stopped: the other ranks still wait for messages.
-                stopped = True
-                course.fail(_not_taken(talk) if isinstance(error, GeneratorExit) else error)
-        states = talk.numbers([course.error is not None, version])
-        if any(failed for failed, _ in states):
-            told = None if isinstance(course.error, Stopped) else course.error
-            talk.agree(told, "writing")
-    except BaseException as failed:
-        _mark(work, course, failed, model)
-        raise
-    work.torn = None
-    clear(model, work.summary.names)
-    return version
-
-
-def _same_transfer(numbers: list[int]) -> None:
-    """Two of equal shapes would take each other's values.
-
-    Raises:
-        SyncError: on every rank, if they are not all in one transfer.
-    """
-    rank = next((r for r, number in enumerate(numbers) if number != numbers[0]), None)
-    if rank is not None:
-        raise SyncError(
-            "ranks run different transfers at once; nothing was sent.",
-            [
-                Finding(
-                    "transfer",
-                    "conflict",
-                    f"number {numbers[rank]} on rank {rank}",
-                    f"number {numbers[0]}, as on rank 0 (they are numbered as they are planned)",
-                    "take the steps of several transfers in one order on all ranks",
-                )
-            ],
-            rank,
-        )
-
-
-def _not_taken(talk: Talk) -> SyncError:
-    return SyncError("the tensors of a stream were not taken to the end.", (), talk.rank)
-
-
-def _mark(work: Work, course: Course, error: BaseException, model: object) -> None:
-    """Say what this rank's model holds."""
-    if not course.begun or not work.summary.names:
-        return
-    written, left = work.unwritten(course)
-    state = Torn(tuple(written), tuple(left), reason_of(error))
-    work.torn = state
-    mark(model, state)
 
 
 def _kind(source: object) -> str:

@@ -333,9 +333,7 @@ class Work:
         for found in self._plans:
             dsts, srcs = found.moved()
             if dsts or srcs:
-                text = "other memory or another layout"
-                findings.append(Finding("tensors", "moved", text, "as planned for", "rebuild()"))
-                break
+                findings += self._moved(found, dsts, srcs)
         if findings:  # gathered parameters are other objects: that is then what there is to say
             models = (self.want.model, self.want.source)
             gathered = [f for f in map(unsharded_finding, models) if f is not None]
@@ -344,6 +342,20 @@ class Work:
             findings += self._value_findings()
         if findings:
             raise PlanError("the transfer no longer fits; nothing was sent.", findings)
+
+    def _moved(self, found: Any, dsts: Sequence[int], srcs: Sequence[int]) -> list[Finding]:
+        """Which tensors of a plan are no longer what it was compiled for."""
+        resolved = self.resolved
+        names = {id(t): name for t, name in zip(self.own.dst, self.names)}
+        names |= {
+            id(self.own.src[i]): resolved.source_names[w.src] for i, w in enumerate(resolved.writes)
+        }
+        gone = [found.destinations()[k] for k in dsts] + [found.sources()[k] for k in srcs]
+        text = "other memory or another layout"
+        return [
+            Finding(names.get(id(t), "a buffer"), "moved", text, "as planned for", "rebuild()")
+            for t in gone
+        ]
 
     @cached_property
     def _plans(self) -> list[Any]:
