@@ -142,8 +142,14 @@ class AtMost:
         if figure.value <= self.value:
             return Verdict("met")
         near = figure.q1 <= self.value and CLOSE * figure.value <= self.value
-        text = f"{_shown(self.what, figure.value)}, wanted {self.value:g}"
+        text = f"{self.shown(figure.value)}, wanted {self.limit()}"
         return Verdict("noise" if near and figure.q1 < figure.value else "missed", text)
+
+    def shown(self, value: float) -> str:
+        return _shown(self.what, value)
+
+    def limit(self) -> str:
+        return f"{self.value:g}"
 
     def as_dict(self) -> dict[str, Any]:
         return {"what": self.what, "at_most": self.value}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.targets import AtLeast, Condition, Figures, Verdict
+from benchmarks.targets import AtLeast, AtMost, Condition
 
 __all__ = ["TARGETS", "Most"]
 
@@ -13,28 +13,18 @@ MIB = 1 << 20
 
 
 @dataclass(frozen=True)
-class Most:
-    """A figure without a spread is `value` or less on every rank. `unit` is how people read it."""
+class Most(AtMost):
+    """As `AtMost`, of the highest figure of all ranks. `unit` is how people read it."""
 
-    what: str
-    value: float
-    unit: str  # "bytes", "%", "x"
+    unit: str = "x"  # "bytes", "%", "x"
 
-    @property
-    def needs(self) -> frozenset[str]:
-        """The figure that is looked at."""
-        return frozenset((self.what,))
+    def shown(self, value: float) -> str:
+        """A figure in a verdict."""
+        return f"{self.what} {self.text(value)}"
 
-    def judge(self, figures: Figures) -> Verdict:
-        """The verdict."""
-        found = figures.get(self.what)
-        if found is None:
-            return Verdict("unknown", f"{self.what} not measured")
-        if found.value <= self.value:
-            return Verdict("met")
-        return Verdict(
-            "missed", f"{self.what} {self.text(found.value)}, wanted {self.text(self.value)}"
-        )
+    def limit(self) -> str:
+        """What is wanted, in a verdict."""
+        return self.text(self.value)
 
     def text(self, value: float) -> str:
         """A value as people read it."""
@@ -46,7 +36,7 @@ class Most:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {"what": self.what, "at_most": self.value, "unit": self.unit}
+        return {**super().as_dict(), "unit": self.unit}
 
     def __str__(self) -> str:
         return f"{self.what} <= {self.text(self.value)}"
