@@ -133,8 +133,9 @@ class SafetensorsOutput:
         """
         if self._map is None or self._done:
             raise RuntimeError("commit() belongs into the block, once, after everything is written")
-        self._map.flush()
-        os.fsync(self._fd)
+        with self._full_disk():  # some file systems find out only now
+            self._map.flush()
+            os.fsync(self._fd)
         if self._name is None:
             name = self._name = (
                 self._new_name()

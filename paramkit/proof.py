@@ -7,6 +7,7 @@ that never was), so the regions themselves are compared, exactly, for any stride
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -50,7 +51,9 @@ class Proof:
     """
 
     def __init__(self, resolver: Resolver) -> None:
-        self._resolver = resolver
+        self._held_by = weakref.ref(
+            resolver
+        )  # not a cycle: sources hold files, which are closed with them
         self.consumed: set[int] = set()
         self.reached: set[int] = set()
         self.failed: set[int] = set()
@@ -64,6 +67,12 @@ class Proof:
         self._reads: dict[int, list[Write]] = {}
         self._kept_parts: dict[int, list[Part]] = {}
         self._dropped_parts: dict[int, list[Part]] = {}
+
+    @property
+    def _resolver(self) -> Resolver:
+        resolver = self._held_by()
+        assert resolver is not None
+        return resolver
 
     # -- what is found out on the way --
 

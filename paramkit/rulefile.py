@@ -28,6 +28,7 @@ from typing import Any
 from .errors import Finding, RuleFileError
 from .patterns import parse, parse_at
 from .rules import Rule, rule_list
+from .whole import write_whole
 
 __all__ = ["as_rules", "load_rules", "outline", "save_rules"]
 
@@ -101,6 +102,7 @@ def save_rules(rules: Iterable[Rule], path: str | os.PathLike[str], about: str =
         RuleFileError: another suffix.
         TypeError: something that is no rule, or a rule with a complex fill, which no file can hold.
         ModuleNotFoundError: PyYAML is not installed.
+        OSError: the file cannot be written; what was there is unchanged.
 
     Example:
         >>> import tempfile, pathlib
@@ -119,7 +121,7 @@ def save_rules(rules: Iterable[Rule], path: str | os.PathLike[str], about: str =
         lines += [] if entries else ["rules = []", ""]
         for entry in entries:
             lines += ["[[rules]]", *(f"{key} = {_toml(value)}" for key, value in entry.items()), ""]
-        path.write_text("\n".join(lines), encoding="utf-8")
+        write_whole(path, "\n".join(lines))
         return
     if path.suffix not in (".yaml", ".yml"):
         raise _one(path, 0, f'a file that ends in "{path.suffix}"', ".yaml, .yml or .toml")
@@ -130,7 +132,7 @@ def save_rules(rules: Iterable[Rule], path: str | os.PathLike[str], about: str =
         # One line a rule: a list of rules is read as a table.
         flow = yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=10**6)
         lines.append(f"  - {flow.strip()}")
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(path, "\n".join(lines) + "\n")
 
 
 def _entry(k: int, rule: Rule) -> dict[str, Any]:

@@ -108,6 +108,7 @@ class Streamed:
 
     Raises:
         ValueError: one element does not fit into the budget.
+        MemoryError: there is no memory for the staging buffer.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class Streamed:
         used = max((r.at + r.size for reads in packed for r in reads), default=0)
         self._half = -(-used // _ALIGN) * _ALIGN
         # Only as much as is needed; one half where there is one step.
-        self._staging = torch.empty(self._half * min(2, len(packed)) + _ALIGN, dtype=torch.uint8)
+        self._staging = _memory(self._half * min(2, len(packed)) + _ALIGN)
         shift = -self._staging.data_ptr() % _ALIGN
         self._staging = self._staging[shift:]
         self.steps = self._steps(packed, slots)
@@ -428,6 +429,16 @@ class Streamed:
         _read_all(asked)
         for checkpoint, wanted in chunks.items():
             checkpoint.read_many(wanted)
+
+
+def _memory(size: int) -> Tensor:
+    try:
+        return torch.empty(size, dtype=torch.uint8)
+    except RuntimeError as error:  # torch's
+        raise MemoryError(
+            f"staging: there is no memory for a buffer of {size:,} bytes; nothing was written. "
+            "Pass a smaller staging="
+        ) from error
 
 
 def _row_ranges(write: Write, source: Stored, dst: Tensor) -> list[Range] | None:

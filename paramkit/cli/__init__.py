@@ -50,8 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         fail(f"error: {error}")
         return int(options.trouble)
-    except MemoryError:
-        fail("error: out of memory")
+    except (MemoryError, RuntimeError) as error:
+        text = str(error).partition("\n")[0]
+        if (
+            isinstance(error, RuntimeError) and "allocate memory" not in text
+        ):  # torch has no type for it
+            raise
+        fail(f"error: out of memory{': ' if text else ''}{text}")
         return int(options.trouble)
     except KeyboardInterrupt:
         fail(f"interrupted; {options.interrupted}")

@@ -190,11 +190,16 @@ def _load(file: StoredFile, **options: Any) -> Any:
         with warnings.catch_warnings():
             # On typed storages and the like: about torch's insides, not about the file.
             warnings.simplefilter("ignore")
-            return torch.load(file.path, weights_only=True, **options)
+            # Said, since torch may be set to map by default, and a map of a file that is cut ends the process.
+            return torch.load(file.path, weights_only=True, **{"mmap": False, **options})
     except pickle.UnpicklingError as error:
         raise _refused(file, str(error)) from None
     except MemoryError:
         raise
+    except (
+        OSError
+    ) as error:  # of the system, which says what it is about: no permission, too many open files
+        raise file.system_fault(error) from None
     except Exception as error:  # torch raises whatever its insides raise at a damaged file
         text = str(error).partition("\n")[0].partition(" This is an internal miniz")[0]
         if "TorchScript" in text:

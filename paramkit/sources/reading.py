@@ -107,7 +107,7 @@ class StoredFile:
             # Non-blocking, so that a pipe in the place of a file is refused and not waited for.
             self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         except (OSError, ValueError) as error:
-            raise self._system_fault(error) from error
+            raise self.system_fault(error) from error
         self._close = weakref.finalize(self, os.close, self._fd)
         found = os.fstat(self._fd)
         if not stat.S_ISREG(found.st_mode):
@@ -225,7 +225,7 @@ class StoredFile:
                 parts.append(part)
                 offset, length = offset + len(part), length - len(part)
         except OSError as error:
-            raise self._system_fault(error) from error
+            raise self.system_fault(error) from error
         return b"".join(parts)
 
     def fault(self, got: str, expected: str = "", hint: str = "") -> SourceError:
@@ -288,7 +288,7 @@ class StoredFile:
                 count = os.preadv(self._fd, [memory[at : at + each]], offset)
             except OSError as error:
                 self._count(done)
-                raise self._system_fault(error) from error
+                raise self.system_fault(error) from error
             done += count
             if count < each:
                 self._count(done)
@@ -302,7 +302,7 @@ class StoredFile:
         try:
             count = read_rows(self._fd, *job)
         except OSError as error:
-            raise self._system_fault(error) from error
+            raise self.system_fault(error) from error
         self._count(count)
         if count < job.bytes:
             row, within = divmod(count, job.row_bytes)
@@ -329,7 +329,7 @@ class StoredFile:
             try:
                 count = os.preadv(self._fd, some, offset)
             except OSError as error:
-                raise self._system_fault(error) from error
+                raise self.system_fault(error) from error
             if count == 0:
                 raise self._ended(offset, left)
             self._count(count)
@@ -343,7 +343,8 @@ class StoredFile:
                 count -= length
                 at += 1
 
-    def _system_fault(self, error: Exception) -> SourceError:
+    def system_fault(self, error: Exception) -> SourceError:
+        """What the system says about this file, as an error of ours."""
         hint = "check its permissions"
         number = getattr(error, "errno", None)
         if number in (errno.EMFILE, errno.ENFILE):
