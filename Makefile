@@ -20,7 +20,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq install
 KEEP_TORCH := -c $(STAMPS)/constraints.txt
 say = @printf '\033[1m==>\033[0m %s\n'
 
-.PHONY: help demo test slow bench bench-distributed gpu lint format build clean distclean force
+.PHONY: help demo test slow sanitize bench bench-distributed gpu lint format build clean distclean force
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -43,6 +43,11 @@ slow: $(STAMPS)/test $(STAMPS)/extension ## the exhaustive tests: every 32-bit v
 	$(say) 'slow tests'
 	@$(PY) -m pytest -m slow $(ARGS)
 
+# Builds of their own, in build/sanitize: the normal binary stays as it is.
+sanitize: $(STAMPS)/test ## ASan, UBSan, TSan over the suite; SANITIZERS=address, TESTS=tests/test_ops.py
+	$(say) 'sanitizers: canaries first, then the suite'
+	@$(PY) -m tests.sanitize --sanitizers '$(or $(SANITIZERS),address undefined thread)' --tests '$(TESTS)' -- $(ARGS)
+
 bench: $(STAMPS)/bench $(STAMPS)/extension ## beside torch, numpy and plain C; ARGS=--quick is short
 	$(say) 'benchmarks'
 	@$(PY) -m benchmarks $(ARGS)
@@ -55,7 +60,7 @@ bench-distributed: $(STAMPS)/bench $(STAMPS)/extension ## sharded models and wei
 gpu: ## with a GPU: build, test, sanitize, time; OUT=folder, STAGES=some
 	@PYTHON='$(PYTHON)' ARGS='$(ARGS)' benchmarks/gpu.sh '$(or $(OUT),build/gpu)' $(STAGES)
 
-CXX_FILES = $(shell find csrc benchmarks/plain -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh' | sort)
+CXX_FILES = $(shell find csrc benchmarks/plain tests -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh' | sort)
 
 lint: $(STAMPS)/lint ## style and types: ruff, mypy, clang-format
 	$(say) 'ruff, mypy, clang-format'

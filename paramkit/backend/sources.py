@@ -10,6 +10,7 @@ import hashlib
 import importlib.machinery
 import json
 import os
+import shlex
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -54,6 +55,9 @@ def cpp_sources(csrc: Path) -> list[Path]:
 def compile_flags(environ: os._Environ[str] | dict[str, str] = os.environ) -> list[str]:
     """Flags for every C++ source. ``DEBUG=1`` and ``PARAMKIT_WERROR=1`` are honoured.
 
+    ``PARAMKIT_CXXFLAGS`` comes last, so that it wins over all others (``CFLAGS`` come first): the
+    sanitizers' builds are made with it.
+
     No ``-std``: torch's build tool adds the one that its headers need. No ``-march=native``: the
     binary must run on any machine of the platform; each instruction set has a file that enables
     its own target.
@@ -67,7 +71,7 @@ def compile_flags(environ: os._Environ[str] | dict[str, str] = os.environ) -> li
         flags += ["-O3", "-g0"]
     if _is_on(environ.get("PARAMKIT_WERROR")):
         flags.append("-Werror")
-    return flags
+    return flags + shlex.split(environ.get("PARAMKIT_CXXFLAGS") or "")
 
 
 def link_flags() -> list[str]:

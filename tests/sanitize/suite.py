@@ -1,0 +1,24 @@
+"""What runs on a build with a sanitizer: every file of the suite but these, and what cannot run there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent.parent
+
+# Files whose tests never reach csrc, or only build it.
+LEFT_OUT = (
+    *("benchmarks", "benchmarks_distributed", "gpu_benchmark", "gpu_script"),
+    *("build", "cuda_build", "backend", "sanitizers", "docs", "demo", "examples"),
+    *("patterns", "regions", "boxes", "resolve", "rules", "rulefile", "suggestions", "sharding"),
+    *("cli_inspect", "cli_process", "explain"),
+)
+
+FILES = tuple(
+    f"tests/{path.name}"
+    for path in sorted(TESTS.glob("test_*.py"))
+    if path.stem.removeprefix("test_") not in LEFT_OUT
+)
+
+# By sanitizer: (test, why it cannot run there).
+NOT_HERE: dict[str, tuple[tuple[str, str], ...]] = {}

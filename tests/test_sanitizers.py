@@ -1,0 +1,65 @@
+"""The sanitizers' canaries, without the extension: what `make sanitize` relies on is alive on this machine."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.emulation import compiler
+from tests.sanitize import canary, leaks
+from tests.sanitize.settings import HERE, SANITIZERS
+from tests.sanitize.suite import FILES, LEFT_OUT, TESTS
+
+
+@pytest.mark.parametrize("name", SANITIZERS)
+def test_canaries(name: str, tmp_path: Path) -> None:
+    """Each mistake is caught, a correct parallel region is not; a stray byte in a storage only by guards."""
+    sanitizer = SANITIZERS[name]
+    missing = sanitizer.missing()
+    if missing:
+        pytest.skip(f"this compiler has no {', '.join(missing)}")
+    # The kernels' canaries need the kernels: those are for `make sanitize`.
+    sources = [one for one in sanitizer.sources if one != "canary_kernel.cpp"]
+    library = tmp_path / "canary.so"
+    flags = ["-std=c++17", "-fopenmp", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
+    files = [str(HERE / one) for one in sources]
+    command = [*compiler(), *flags, *sanitizer.cxxflags, *files, *sanitizer.ldflags]
+    done = subprocess.run([*command, "-o", str(library)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    wrong = canary.check(sanitizer, library, tmp_path, sources)
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_dead_canary_is_told(tmp_path: Path) -> None:
+    """Compiled without the sanitizer, the overflow passes, and the check says so."""
+    library = tmp_path / "canary.so"
+    flags = ["-fopenmp", "-fPIC", "-shared", str(HERE / "canary.cpp")]
+    done = subprocess.run([*compiler(), *flags, "-o", str(library)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    wrong = canary.check(SANITIZERS["undefined"], library, tmp_path, ["canary.cpp"])
+    assert len(wrong) == 1 and "expected a report with 'signed integer overflow'" in wrong[0]
+
+
+def test_only_leaks_of_the_extension_count() -> None:
+    report = """
+==1==ERROR: LeakSanitizer: detected memory leaks
+
+Direct leak of 77 byte(s) in 1 object(s) allocated from:
+    #0 0x7fb739cb89cf in __interceptor_malloc asan_malloc_linux.cpp:69
+    #1 0x56546529516a in helper (/site-packages/torch/lib/libtorch_cpu.so+0x116a)
+
+Indirect leak of 8 byte(s) in 1 object(s) allocated from:
+    #0 0x7fb739cb89cf in operator new(unsigned long) asan_new_delete.cpp:95
+    #1 0x56546529516a in paramkit::make(int) csrc/torch/plan.cpp:12
+    #2 0x56546529516b in make_plan (/checkout/paramkit/_C.cpython-311-x86_64-linux-gnu.so+0x116a)
+
+SUMMARY: AddressSanitizer: 85 byte(s) leaked in 2 allocation(s).
+"""
+    (leak,) = leaks.ours(report)
+    assert leak.startswith("Indirect leak of 8 byte(s)") and leak.endswith("+0x116a)")
+
+
+def test_every_file_runs_or_is_left_out() -> None:
+    assert len(FILES) + len(LEFT_OUT) == len(list(TESTS.glob("test_*.py")))
