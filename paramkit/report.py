@@ -40,7 +40,7 @@ class Summary:
         kept: destinations left alone on purpose.
         dropped: sources left unread on purpose.
         routes: how many writes each kernel family does.
-        backend: "cpu" (compiled kernels) or "native" (torch's own copy_).
+        backend: "cpu" (compiled kernels) or "native" (torch's own `copy_`).
     """
 
     names: tuple[str, ...] = ()

@@ -17,14 +17,18 @@ __all__ = ["Rule", "invert", "rule_list"]
 class Rule:
     """One correspondence between source names and destination names.
 
-    | form | meaning |
-    |---|---|
-    | `Rule(src, dst)` | copy, shapes equal |
-    | `Rule(src, dst, pattern, at=..., **axis_sizes)` | copy, axes as the pattern says |
-    | `Rule(src, dst, rows="overlap", fill=...)` | copy the first rows that both have |
-    | `Rule(src, None)`, `Rule(src, None, pattern, at=...)` | drop a source, or a part of it, on purpose |
-    | `Rule(None, dst)`, `Rule(None, dst, pattern, at=...)` | keep a destination, or a part of it, on purpose |
-    | `Rule(None, dst, ..., fill=value)` | fill a destination, or a part of it |
+    ==================================================== ======================================================
+    form                                                 meaning
+    ==================================================== ======================================================
+    `Rule(src, dst)`                                     copy, shapes equal
+    `Rule(src, dst, pattern, at=..., **axis_sizes)`      copy, axes as the pattern says
+    `Rule(src, dst, rows="overlap", fill=...)`           copy the first rows that both have
+    `Rule(src, None)`                                    drop a source on purpose
+    `Rule(src, None, pattern, at=...)`                   drop a part of it
+    `Rule(None, dst)`                                    keep a destination as it is, on purpose
+    `Rule(None, dst, pattern, at=...)`                   keep a part of it
+    `Rule(None, dst, fill=value)`, also with a pattern   fill a destination, or a part of it
+    ==================================================== ======================================================
 
     In names `{i}` binds any run of characters without a dot, `{*p}` one or more whole components.
     Where one side is None, `*` in the other stands for any run of characters, dots included.

@@ -2,7 +2,8 @@
 
 In a file, blocks run in order in one namespace. A `text` block right after a `python` block is what
 that block prints; `...` in it stands for anything. `<!-- needs: MODULE -->` right before a block leaves
-it out where the module is not installed.
+it out where the module is not installed. Of `sh` blocks the project's own commands must exist. Any other
+block says why nothing runs it: `<!-- not run: REASON -->` right before it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import io
 import os
 import pkgutil
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,18 @@ import pytest
 import torch
 
 import paramkit
+from paramkit import cli
+from tests.documents import ROOT, blocks, commands, problem, prose, unmarked
 
-ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+# Pages without a Python block: there the commands are checked, or what they show comes from elsewhere.
+WITHOUT_PYTHON = {
+    f"docs/{name}.md"
+    for name in ("index", "install", "command-line", "environment", "benchmarks", "results", "api")
+}
+DOCUMENTS = ("README.md", *(page for page in PAGES if page not in WITHOUT_PYTHON))
+ALL = ("README.md", *PAGES, "CONTRIBUTING.md", "benchmarks/results/README.md")
 
-_FENCE = re.compile(r"^(`{3,})(\w*)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
-_NEEDS = re.compile(r"<!-- needs: (\w+) -->\s*\Z")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
@@ -40,48 +48,15 @@ _FOUND = (module.name for module in pkgutil.walk_packages(paramkit.__path__, "pa
 MODULES = ["paramkit", *sorted(name for name in _FOUND if name not in _LEFT_OUT)]
 
 
-@dataclass(frozen=True)
-class Block:
-    """A Python block: where it starts, its code, what it prints, the module it cannot do without."""
-
-    line: int
-    code: str
-    output: str | None
-    needs: str | None
-
-
-def python_blocks(text: str) -> list[Block]:
-    """The Python blocks of a Markdown text, in order."""
-    fences = list(_FENCE.finditer(text))
-    blocks = []
-    for i, fence in enumerate(fences):
-        if fence[2] != "python":
-            continue
-        after = fences[i + 1] if i + 1 < len(fences) else None
-        shown = (
-            after is not None
-            and after[2] == "text"
-            and not text[fence.end() : after.start()].strip()
-        )
-        needs = _NEEDS.search(text, 0, fence.start())
-        blocks.append(
-            Block(
-                line=text.count("\n", 0, fence.start(3)),
-                code=fence[3],
-                output=after[3] if shown and after is not None else None,
-                needs=needs[1] if needs else None,
-            )
-        )
-    return blocks
-
-
 def run(path: Path) -> None:
     """Run the blocks of a document, and compare what they print with what is shown."""
-    blocks = python_blocks(path.read_text(encoding="utf-8"))
-    assert blocks, f"{path.name} has no Python block"
+    python = [b for b in blocks(path.read_text(encoding="utf-8")) if b.language == "python"]
+    assert python, f"{path.name} has no Python block"
     checker = doctest.OutputChecker()
     namespace: dict[str, Any] = {"__name__": "document"}
-    for block in blocks:
+    for block in python:
+        if block.why_not:
+            continue
         if block.needs and find_spec(block.needs) is None:
             assert not os.environ.get("CI"), f"CI must have {block.needs}"
             continue
@@ -133,17 +108,83 @@ def test_public_functions_have_examples() -> None:
     assert not [name for name, f in functions.items() if ">>>" not in (f.__doc__ or "")]
 
 
-@pytest.mark.parametrize("name", (*DOCUMENTS, "CONTRIBUTING.md", "CHANGELOG.md"))
+def test_pages_without_python_have_none() -> None:
+    """So that a page is run from its first Python block on."""
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in WITHOUT_PYTHON}
+    assert not [n for n, text in texts.items() if any(b.language == "python" for b in blocks(text))]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_is_not_run_says_so(name: str) -> None:
+    found = unmarked((ROOT / name).read_text(encoding="utf-8"))
+    assert not [f"{name}:{block.line}: a block of {block.language!r}" for block in found]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_commands_exist(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = {
+        one for line in re.findall(r"^\.PHONY: (.*)$", makefile, re.M) for one in line.split()
+    }
+    parser = cli._parser()
+    wrong = []
+    for line, words in commands((ROOT / name).read_text(encoding="utf-8")):
+        what = problem(words, targets, parser)
+        if what:
+            wrong.append(f"{name}:{line}: {' '.join(words)}: {what}")
+    assert not wrong, capsys.readouterr().err
+
+
+def _anchors(path: Path) -> set[str]:
+    """The targets that headings make, as the usual hosts of repositories name them."""
+    headings = _HEADING.findall(prose(path.read_text(encoding="utf-8")))
+    return {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("name", (*ALL, "CHANGELOG.md"))
 def test_links_lead_somewhere(name: str) -> None:
-    text = (ROOT / name).read_text(encoding="utf-8")
-    prose = _FENCE.sub("", text)
-    anchors = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in _HEADING.findall(prose)}
-    for target in _LINK.findall(prose):
+    for target in _LINK.findall(prose((ROOT / name).read_text(encoding="utf-8"))):
         if target.startswith("https://"):
             continue
         file, _, anchor = target.partition("#")
-        assert not file or (ROOT / name).parent.joinpath(file).exists(), target
-        assert file or anchor in anchors, target
+        path = (ROOT / name).parent.joinpath(file) if file else ROOT / name
+        assert path.exists(), target
+        assert not anchor or anchor in _anchors(path), target
+
+
+def test_every_page_is_in_the_contents() -> None:
+    index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    entries = [b.code.splitlines() for b in blocks(index) if b.language == "{toctree}"]
+    names = {line.strip() for lines in entries for line in lines}
+    assert {Path(page).stem for page in PAGES} <= names | {"index"}
+
+
+def test_the_picture_is_what_its_script_draws() -> None:
+    script = ROOT / "docs/pictures/life_of_a_write.py"
+    namespace: dict[str, Any] = {"__name__": "picture", "__file__": str(script)}
+    exec(compile(script.read_text(encoding="utf-8"), str(script), "exec"), namespace)
+    assert namespace["draw"]() == script.with_suffix(".svg").read_text(encoding="utf-8")
+
+
+def test_the_pages_build(tmp_path: Path) -> None:
+    """With every warning an error: a link without a target, a docstring that cannot be read."""
+    for module in ("sphinx", "myst_parser", "furo"):
+        if find_spec(module) is None:
+            assert not os.environ.get("CI"), f"CI must have {module}"
+            pytest.skip(f"{module} is not installed")
+    options = ["-q", "-W", "--keep-going", "-b", "html", "-d", str(tmp_path / "trees")]
+    built = subprocess.run(
+        [sys.executable, "-m", "sphinx", *options, str(ROOT / "docs"), str(tmp_path / "html")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert built.returncode == 0, built.stderr
+    for page in PAGES:
+        assert (tmp_path / "html" / f"{Path(page).stem}.html").exists()
+    api = (tmp_path / "html" / "api.html").read_text(encoding="utf-8")
+    assert not [name for name in paramkit.__all__ if f"paramkit.{name}" not in api]
 
 
 # --- the test itself: each way to be wrong is seen ------------------------------------------------
@@ -177,3 +218,31 @@ def test_a_block_may_need_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     run(write(tmp_path, "<!-- needs: no_such_module -->\n```python\n1 / 0\n```\n"))
     with pytest.raises(ZeroDivisionError):
         run(write(tmp_path, "<!-- needs: math -->\n```python\n1 / 0\n```\n"))
+
+
+def test_each_way_of_not_being_run_is_seen() -> None:
+    for fence in ("py", "Python", "", "pycon", "text", "yaml", "{code-block} python"):
+        for indent, ticks in (("", "```"), ("  ", "```"), ("", "~~~"), ("", "````")):
+            text = f"words\n\n{indent}{ticks}{fence}\n{indent}1 / 0\n{indent}{ticks}\n"
+            assert [b.language for b in unmarked(text)] == [fence]
+            assert not unmarked(text.replace("words", "<!-- not run: a reason -->"))
+            assert unmarked(text.replace("words", "<!-- not run: -->"))
+    assert not unmarked("```python\n```\n\n```text\n```\n")
+    assert unmarked("```python\n```\n\nwords\n\n```text\n```\n")
+
+
+def test_wrong_commands_are_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    def wrong(line: str) -> str:
+        ((_, words),) = commands(f"```sh\n{line}\n```\n")
+        return problem(words, {"test"}, cli._parser()) or ""
+
+    assert not wrong("make test ARGS='-k plan'  # some of them")
+    assert not wrong("DEBUG=1 paramkit diff a.safetensors b.safetensors")
+    assert not wrong("paramkit plan --help")
+    assert not wrong(".venv/bin/python -m benchmarks.publish x.json")
+    assert not wrong("pip install torch")
+    assert "no target tset" in wrong("make tset")
+    assert "not a command line" in wrong("paramkit dif a b")
+    assert "not a command line" in wrong("paramkit diff a b --colour")
+    assert "no module" in wrong("python -m benchmarks.publisher x.json")
+    assert "there is no tools/nothing.py" in wrong("tools/nothing.py")

@@ -15,7 +15,7 @@ class Status:
 
     Attributes:
         backend: ``cpu`` (compiled; CUDA tensors too, where ``cuda`` says so), ``cuda`` (the same,
-            with CUDA asked for), ``native`` (torch's own copy_ and fill_), or ``none`` when the
+            with CUDA asked for), ``native`` (torch's own `copy_` and `fill_`), or ``none`` when the
             settings in the environment cannot be met: then every call raises ``error``.
         why: one sentence.
         capability: the instruction set in use; None unless compiled.
