@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .backend.checks import has_no_memory
 from .errors import Finding, PlanError
@@ -82,13 +83,28 @@ def named_destinations(
 
     Raises:
         TypeError: another type.
-        PlanError: a mapping with values that are no tensors.
+        PlanError: a mapping with values that are no tensors; a module of TorchScript.
     """
     if isinstance(model, nn.Module):
         found = [
             Destination(name, tensor, owner, key, kind, path)
             for name, tensor, owner, key, kind, path in module_tensors(model, transient)
         ]
+        scripted = [d.name for d in found if isinstance(d.owner, torch.jit.ScriptModule)]
+        if scripted:
+            raise PlanError(
+                "model: TorchScript holds these tensors, so that a replaced one cannot be told; nothing was written.",
+                [
+                    Finding(
+                        name,
+                        "script",
+                        "a ScriptModule",
+                        "an nn.Module",
+                        "load_state_dict takes it; or script the model afterwards",
+                    )
+                    for name in scripted
+                ],
+            )
         # Of one memory, the name that a state dict has comes first.
         return sorted(found, key=lambda d: d.transient) if transient else found
     if isinstance(model, Mapping):
@@ -142,6 +158,8 @@ def memory_key(tensor: Any) -> object:
     if is_sharded(tensor):
         return sharded_key(tensor)
     if tensor.layout is not torch.strided or tensor.is_meta or is_uninitialized(tensor):
+        return id(tensor)
+    if isinstance(tensor, FakeTensor):  # warns when it is asked for its address
         return id(tensor)
     try:
         address = tensor.data_ptr()
@@ -197,6 +215,23 @@ def layout_finding(
             "an uninitialized lazy parameter",
             "a tensor with memory",
             "run the module once first",
+        )
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return Finding(
+            name,
+            "layout",
+            "a tensor that a torch.func transform (vmap, grad, functionalize) works on",
+            "a tensor with memory",
+            "use copy_, fill_ and the foreach_ operators inside transforms",
+        )
+    if isinstance(tensor, FakeTensor):
+        what = "destination" if destination else "source"
+        return Finding(
+            name,
+            "meta",
+            f"a fake {what}, which has no memory",
+            "a tensor with memory",
+            "make the model outside of FakeTensorMode",
         )
     if tensor.is_meta and not (destination and device is not None):
         what = "destination" if destination else "source"

@@ -6,7 +6,9 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import SourceError
+import torch
+
+from .errors import PlanError, SourceError
 from .journal import Journal, shielded
 from .stream import Streamed
 from .torn import Torn, clear, mark, reason_of, torn_error
@@ -55,7 +57,9 @@ def execute(
     Raises:
         TornError: a failure after something was written, without `atomic`. An interrupt stays what it is;
             the model is marked all the same.
+        PlanError: inside a transform under which torch refuses these writes; nothing was written.
     """
+    _check_transforms()
     journal = Journal() if atomic else None
     course = Course()
     try:
@@ -74,6 +78,16 @@ def execute(
         raise torn_error(state, getattr(error, "findings", ())) from error
     clear(model, names)
     return True
+
+
+def _check_transforms() -> None:
+    """Raise where torch would refuse the first write: it changes what the transformed function captured."""
+    stack = torch._C._functorch.get_interpreter_stack()
+    if stack and any(layer.key() != torch._C._functorch.TransformType.Vmap for layer in stack):
+        raise PlanError(
+            "a model cannot be written inside torch.func.grad, vjp, jvp or functionalize: it is no argument of the "
+            "function that is transformed. Write it before. Nothing was written."
+        )
 
 
 def write(

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import backend
 from .backend import checks
+from .compiling import between_graphs
 from .destinations import is_uninitialized
 from .hooks import in_place_is_fine
 from .localize import local_pairs
@@ -55,6 +56,9 @@ def load_state_dict(
     >>> torch.equal(model.weight, trained.weight)
     True
     """
+    if torch.compiler.is_dynamo_compiling():
+        run = between_graphs(load_state_dict, "load_state_dict")
+        return run(model, state_dict, strict, assign)
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_state_dict: model must be an nn.Module, got {type(model).__name__}")
     if assign:

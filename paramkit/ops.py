@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from . import backend
+from .backend.checks import tensor_list
 
 # NOTE: [Compiling] While torch.compile traces, each operator is torch's own, one call a tensor: the
-# compiler fuses them itself, and needs no graph break.
+# compiler fuses them itself, and needs no graph break. What is no list of the right length is refused
+# there too.
 
 __all__ = ["copy_", "fill_", "foreach_copy_", "foreach_fill_"]
 
@@ -92,7 +94,8 @@ def foreach_copy_(
             [3., 3.]], dtype=torch.bfloat16))
     """
     if torch.compiler.is_compiling():
-        for dst, src in zip(dsts, srcs, strict=True):
+        _check_lists("foreach_copy_", dsts, srcs, "srcs")
+        for dst, src in zip(dsts, srcs):
             dst.copy_(src, non_blocking=non_blocking)
         return None
     return backend.active().foreach_copy_(dsts, srcs, non_blocking)
@@ -117,8 +120,22 @@ def foreach_fill_(dsts: Sequence[Tensor], values: Any) -> None:
             [0.5000, 0.0000]]), tensor([[7, 0]])]
     """
     if torch.compiler.is_compiling():
+        tensor_list("foreach_fill_", "dsts", dsts)
         each = values if isinstance(values, (list, tuple)) else [values] * len(dsts)
-        for dst, value in zip(dsts, each, strict=True):
+        _check_lists("foreach_fill_", dsts, each, "values")
+        for dst, value in zip(dsts, each):
             dst.fill_(value)
         return None
     return backend.active().foreach_fill_(dsts, values)
+
+
+def _check_lists(op: str, dsts: Any, others: Any, name: str) -> None:
+    """Two lists of one length, or what the backends raise."""
+    tensor_list(op, "dsts", dsts)
+    tensor_list(op, name, others)
+    if not dsts and not others:
+        raise RuntimeError(f"{op}: Tensor list must have at least one tensor.")
+    if len(dsts) != len(others):
+        raise RuntimeError(
+            f"{op}: lists must have the same length, got {len(dsts)} dsts and {len(others)} {name}"
+        )

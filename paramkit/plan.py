@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from . import backend
 from .before import overflow_findings, tie_findings
 from .casting import check_casting
+from .compiling import between_graphs
 from .conflicts import find_conflicts
 from .destinations import Destination, Place, allocated, memory_key
 from .errors import Finding, PlanError
@@ -178,7 +179,7 @@ def plan(
                 "staging are for a model or a mapping with names; two lists are matched by position and "
                 "converted as Tensor.copy_ does"
             )
-        return _ListPlan(model, source)
+        return _made(_ListPlan, model, source)
     options = Options.make(
         rules,
         allow_missing,
@@ -190,7 +191,13 @@ def plan(
         hooks=hooks,
         mmap=mmap,
     )
-    return ModelPlan(model, source, options)
+    return _made(ModelPlan, model, source, options)
+
+
+def _made(kind: Callable[..., Plan], *arguments: Any) -> Plan:
+    if torch.compiler.is_dynamo_compiling():
+        return between_graphs(lambda: kind(*arguments), "plan")()
+    return kind(*arguments)
 
 
 def _kept(argument: Any) -> Any:
@@ -316,6 +323,9 @@ class Plan:
                 the new values and what does not.
             RuntimeError: a plan of lists, where `Tensor.copy_` would raise (a leaf that requires grad).
         """
+        if torch.compiler.is_dynamo_compiling():
+            run = between_graphs(Plan.apply, "Plan.apply")
+            return run(self, source, atomic=atomic, progress=progress)
         if progress is not None and not callable(progress):
             raise TypeError(f"apply: progress must be callable, got {type(progress).__name__}")
         self._enter()
@@ -411,6 +421,8 @@ class Plan:
         Raises:
             PlanError: as `apply`.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return between_graphs(Plan.verify, "Plan.verify")(self, source)
         self._enter()
         try:
             compiled = self._take(source)
@@ -495,6 +507,8 @@ class Plan:
         Raises:
             PlanError: what the names stand for now does not fit. The plan stays as it was.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return between_graphs(Plan.refresh, "Plan.refresh")(self, source)
         self._enter()
         try:
             self._build(source)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .compiling import between_graphs
 from .iterate import is_stream, transplant_stream
 from .journal import shielded
 from .plan import ModelPlan, Options, Progress
@@ -98,6 +99,20 @@ def transplant(
         hooks=hooks,
         mmap=mmap,
     )
+    run = _transplant
+    if torch.compiler.is_dynamo_compiling():
+        run = between_graphs(_transplant, "transplant")
+    return run(model, source, options, atomic, requires_grad, progress)
+
+
+def _transplant(
+    model: nn.Module | Mapping[str, Tensor],
+    source: Any,
+    options: Options,
+    atomic: bool,
+    requires_grad: bool | None,
+    progress: Progress | None,
+) -> Report:
     if is_stream(source):
         return transplant_stream(
             model, source, options, atomic=atomic, requires_grad=requires_grad, progress=progress

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from . import backend
 from .backend import checks
+from .compiling import between_graphs
 from .conflicts import find_conflicts
 from .destinations import Destination, destinations_of, layout_finding, named_destinations
 from .errors import Finding, PlanError, UnknownNameError, suggest
@@ -65,6 +66,8 @@ def writes(model: nn.Module | Mapping[str, Tensor], *, overlap: str = "error") -
     >>> conv.weight[0, 0, 0, 0].item(), conv.weight[0, 0, 1, 1].item()
     (1.0, 0.5)
     """
+    if torch.compiler.is_dynamo_compiling():
+        return between_graphs(writes, "writes")(model, overlap=overlap)
     recorder = getattr(backend.active(), "Recorder", None)
     if recorder is None:
         return Writes(model, overlap)
@@ -151,6 +154,8 @@ class Writes:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            return between_graphs(Writes.__exit__, "writes")(self, kind, error, trace)
         self._state = "closed"
         fast, self._fast = self._fast, False
         if kind is not None:

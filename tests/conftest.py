@@ -88,6 +88,15 @@ def compiled() -> Iterator[str]:
         yield "cpu"
 
 
+@pytest.fixture(params=["native", "cpu"])
+def patched(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test on torch's own calls and on the extension; the value is the backend."""
+    if request.param != "native":
+        need_extension()
+    with paramkit.backend.force(request.param):
+        yield request.param
+
+
 @pytest.fixture
 def stream_stores() -> Callable[[bool], AbstractContextManager[None]]:
     """`with stream_stores(True):` every store of a kernel that can bypasses the cache; False: none does."""

@@ -118,7 +118,10 @@ def has_no_memory(tensor: Tensor) -> bool:
     """Whether a strided tensor's storage was resized to 0, as FSDP does: a shape, but no memory."""
     # The address is the storage's, null, plus the offset.
     offset = tensor.storage_offset() * tensor.element_size()
-    return tensor.numel() > 0 and tensor.data_ptr() == offset
+    try:
+        return tensor.numel() > 0 and tensor.data_ptr() == offset
+    except RuntimeError:  # what vmap and grad wrap has no address
+        return True
 
 
 def has_zero_stride(t: Tensor) -> bool:
