@@ -42,7 +42,7 @@ html_theme_options = {"navigation_with_keys": True}
 _LINK = re.compile(r"\[([^\]]+)\]\((\.\./[^)\s#]*)(#[^)\s]*)?\)")
 # What lies outside of this folder and is a page here.
 _PAGES = {"../README.md": "index.md", "../benchmarks/results/README.md": "results.md"}
-_MAYBE = ("composing", "packaging", "trust")
+_MAYBE = ("composing", "packaging", "patch_torch", "trust")
 
 
 def _inside(app: Any, name: str, text: list[str]) -> None:

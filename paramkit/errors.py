@@ -104,15 +104,45 @@ class PlanError(RuntimeError):
 
 
 class UnknownNameError(PlanError, KeyError):
-    """A name that the model does not have. A KeyError too, because it comes from indexing by name."""
+    """A name that the model does not have. A KeyError too, because it comes from indexing by name.
+
+    Example:
+        >>> import torch, paramkit
+        >>> try:
+        ...     with paramkit.writes(torch.nn.Linear(2, 2)) as w:
+        ...         w["wieght"][0] = 1.0
+        ... except KeyError as error:
+        ...     print(error)
+        writes: the model has no such tensor; nothing was written.
+          wieght | unknown | did you mean weight?
+    """
 
 
 class RuleFileError(PlanError, ValueError):
-    """A rule file that cannot be read: each finding names the file and the line."""
+    """A rule file that cannot be read: each finding names the file and the line. A ValueError too.
+
+    Example:
+        >>> import paramkit
+        >>> try:
+        ...     paramkit.load_rules("no/rules.toml")
+        ... except ValueError as error:
+        ...     print(error)
+        the rule file no/rules.toml cannot be read.
+          no/rules.toml | rule | got No such file or directory | expected a rule file
+    """
 
 
 class SourceError(PlanError):
-    """A source that cannot be read: a missing, truncated or corrupt file, or an object of the wrong type."""
+    """A source that cannot be read: a missing, truncated or corrupt file, or an object of the wrong type.
+
+    Example:
+        >>> import paramkit
+        >>> try:
+        ...     paramkit.open_source({"w": 3})
+        ... except paramkit.SourceError as error:
+        ...     print(error.findings[0].name, error.findings[0].got)
+        w int 3
+    """
 
 
 def render(summary: str, findings: Sequence[Finding]) -> str:

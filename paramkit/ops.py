@@ -26,6 +26,9 @@ def copy_(dst: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
         src: the values; broadcast to ``dst.shape`` and converted to ``dst.dtype``.
         non_blocking: as in ``Tensor.copy_``; means nothing between CPU tensors.
 
+    Returns:
+        ``dst`` itself.
+
     Raises:
         RuntimeError: a shape that does not broadcast, a leaf that requires grad written with grad
             mode on, an expanded ``dst``, ``dst`` and ``src`` that overlap partly.
@@ -50,6 +53,9 @@ def fill_(dst: Tensor, value: float | bool | complex | Tensor) -> Tensor:
     Args:
         dst: the tensor written, of any shape, dtype and strides.
         value: a number, or a tensor of shape ``()``; converted to ``dst.dtype``.
+
+    Returns:
+        ``dst`` itself.
 
     Raises:
         RuntimeError: a number that ``dst.dtype`` cannot hold, a ``value`` tensor that is not 0-dim,

@@ -206,13 +206,25 @@ def _kept(argument: Any) -> Any:
 
 
 class Plan:
-    """Checked writes, ready to run. Made by `paramkit.plan`, `paramkit.writes`.
+    """Checked writes, ready to run. Made by `paramkit.plan`, `paramkit.writes`; not by its own name.
 
     A plan holds its destinations and sources strongly until `release()`. It acts under an implicit
     `no_grad`, except one made of two lists, which treats autograd as `Tensor.copy_` does.
 
     It refuses to run when what it was made for is no longer there: a parameter of the model that was
     replaced, or whose memory moved or changed its shape. `refresh()` resolves the names again.
+
+    It is for one call at a time: another that comes meanwhile, from another thread or from a `progress`
+    callback, raises PlanError.
+
+    >>> import torch, paramkit
+    >>> model, trained = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    >>> plan = paramkit.plan(model, trained)
+    >>> report = plan.apply()
+    >>> report.summary.names, report.summary.bytes
+    (('weight', 'bias'), 36)
+    >>> plan.verify()
+    []
     """
 
     _follow_autograd = False
@@ -321,7 +333,17 @@ class Plan:
                 in a name, shape or dtype. Nothing was written.
             TornError: writing failed half way, without `atomic`; `paramkit.torn(model)` says what holds
                 the new values and what does not.
-            RuntimeError: a plan of lists, where `Tensor.copy_` would raise (a leaf that requires grad).
+            RuntimeError: a plan of lists, where `Tensor.copy_` would raise (a leaf that requires grad);
+                inference tensors outside of `torch.inference_mode()`.
+            TypeError: a source for a plan of recorded writes, which has its values.
+
+        >>> import torch, paramkit
+        >>> model = {"w": torch.zeros(2)}
+        >>> plan = paramkit.plan(model, {"w": torch.ones(2)})
+        >>> _ = plan.apply()
+        >>> _ = plan.apply({"w": torch.full((2,), 3.0)}, atomic=True)
+        >>> model["w"]
+        tensor([3., 3.])
         """
         if torch.compiler.is_dynamo_compiling():
             run = between_graphs(Plan.apply, "Plan.apply")
@@ -404,7 +426,24 @@ class Plan:
         return self._compiled
 
     def explain(self) -> str:
-        """The plan as a table, layers of one kind folded into one row."""
+        """The plan as a table, layers of one kind folded into one row.
+
+        Returns:
+            Text as wide as the terminal, or 120 columns: the writes, how many bytes they are, which
+            kernels run them, and what is converted, kept and dropped.
+
+        Raises:
+            PlanError: the plan was released.
+
+        >>> import torch, paramkit
+        >>> plan = paramkit.plan({"w": torch.zeros(2, 3)}, {"w": torch.ones(2, 3)})
+        >>> print(plan.explain())  # doctest: +ELLIPSIS
+        destination  source    shape   dtype    how
+        w            the same  (2, 3)  float32  whole
+        <BLANKLINE>
+        1 write into 1 of 1 tensors, 6 elements, 24 bytes
+        ...
+        """
         from .explain import explain
 
         families = self._ready().families()
@@ -413,13 +452,21 @@ class Plan:
     def verify(self, source: Any = None) -> list[str]:
         """The names of destinations whose bits are not what `apply()` writes; empty when all are.
 
-        After a cast, any NaN counts as equal to any NaN.
+        After a cast, any NaN counts as equal to any NaN. Nothing is written.
 
         Args:
             source: as for `apply`.
 
+        Returns:
+            The names that differ, each once, in the order of the plan.
+
         Raises:
             PlanError: as `apply`.
+
+        >>> import torch, paramkit
+        >>> model = {"a": torch.zeros(2), "b": torch.zeros(2)}
+        >>> paramkit.plan(model, {"a": torch.zeros(2), "b": -torch.zeros(2)}).verify()
+        ['b']
         """
         if torch.compiler.is_dynamo_compiling():
             return between_graphs(Plan.verify, "Plan.verify")(self, source)
@@ -506,6 +553,17 @@ class Plan:
 
         Raises:
             PlanError: what the names stand for now does not fit. The plan stays as it was.
+            SourceError: the new source cannot be read.
+            TypeError: a source for a plan of recorded writes, which has its values.
+
+        >>> import torch, paramkit
+        >>> model, trained = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        >>> plan = paramkit.plan(model, trained)
+        >>> model.weight = torch.nn.Parameter(torch.zeros(2, 2))
+        >>> plan.refresh()
+        >>> _ = plan.apply()
+        >>> torch.equal(model.weight, trained.weight)
+        True
         """
         if torch.compiler.is_dynamo_compiling():
             return between_graphs(Plan.refresh, "Plan.refresh")(self, source)
@@ -520,6 +578,12 @@ class Plan:
 
         Raises:
             PlanError: inside `swapped`.
+
+        >>> import torch, paramkit
+        >>> plan = paramkit.plan(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+        >>> plan.release()
+        >>> plan
+        <ModelPlan, released>
         """
         if self._exchange is not None:
             raise self._is_swapped()
@@ -530,6 +594,13 @@ class Plan:
         """Set `requires_grad` on every floating-point or complex parameter that this plan writes.
 
         Buffers of a module stay as they are; of a mapping or a list every tensor counts.
+
+        Args:
+            requires_grad: False freezes them.
+
+        Raises:
+            PlanError: False, and one of them is not a leaf; the plan was released.
+            TypeError: something that is neither True nor False.
 
         >>> import torch, paramkit
         >>> model = torch.nn.Linear(2, 2)

@@ -15,6 +15,9 @@ class Cast:
         name: the destination.
         source: the source's name.
         src_dtype, dst_dtype: without "torch.".
+
+    >>> print(Cast("fc.weight", "weight", "float32", "bfloat16"))
+    fc.weight: float32 -> bfloat16
     """
 
     name: str
@@ -41,6 +44,11 @@ class Summary:
         dropped: sources left unread on purpose.
         routes: how many writes each kernel family does.
         backend: "cpu" (compiled kernels) or "native" (torch's own `copy_`).
+
+    >>> import torch, paramkit
+    >>> summary = paramkit.plan({"w": torch.zeros(2).half()}, {"w": torch.ones(2)}).apply().summary
+    >>> summary.names, summary.bytes, summary.bytes_moved, [str(c) for c in summary.casts]
+    (('w',), 4, 12, ['w: float32 -> float16'])
     """
 
     names: tuple[str, ...] = ()

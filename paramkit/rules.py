@@ -111,11 +111,19 @@ class Rule:
         return self.src is None or self.dst is None
 
     def source_template(self) -> Template | None:
-        """The source names, or None."""
+        """The source names, as a template that matches them; never raises.
+
+        Returns:
+            None for a rule without a source.
+        """
         return None if self.src is None else Template(self.src, wildcards=self.one_sided)
 
     def target_template(self) -> Template | None:
-        """The destination names, or None."""
+        """The destination names, as a template that matches them; never raises.
+
+        Returns:
+            None for a rule without a destination.
+        """
         return None if self.dst is None else Template(self.dst, wildcards=self.one_sided)
 
     def _validate(self) -> None:
@@ -276,6 +284,9 @@ def invert(rules: Iterable[Rule]) -> list[Rule]:
 
     Args:
         rules: any rules.
+
+    Returns:
+        One rule for each, in the same order.
 
     Raises:
         TypeError: something that is no rule.

@@ -23,6 +23,9 @@ class Torn:
         written: destinations that hold the new values in full.
         unwritten: destinations that hold the old values, or some of each.
         reason: what went wrong.
+
+    >>> Torn(("a.weight",), ("a.bias",), "OSError: the disk is gone").unwritten
+    ('a.bias',)
     """
 
     written: tuple[str, ...]
@@ -35,6 +38,17 @@ class TornError(PlanError):
 
     Attributes:
         state: a `Torn`, with the names.
+
+    >>> import torch, paramkit
+    >>> def stream():
+    ...     yield "weight", torch.zeros(2, 2)
+    ...     raise OSError("the line is down")
+    >>> model = torch.nn.Linear(2, 2)
+    >>> try:
+    ...     paramkit.transplant(model, stream())
+    ... except paramkit.TornError as error:
+    ...     print(error.state.written, error.state.unwritten, error.state.reason)
+    ('weight',) ('bias',) OSError: the line is down
     """
 
     def __init__(
@@ -58,6 +72,12 @@ def torn(model: nn.Module) -> Torn | None:
 
     Args:
         model: the module that was given to `transplant` or `plan`.
+
+    Returns:
+        What was written and what was not, by name; None for a model that is whole.
+
+    Raises:
+        TypeError: an object that cannot be looked up, such as a mapping: of those the error alone says it.
 
     >>> import torch, paramkit
     >>> paramkit.torn(torch.nn.Linear(2, 2)) is None

@@ -27,6 +27,7 @@ import pytest
 import torch
 
 import paramkit
+import paramkit.distributed
 from paramkit import cli
 from tests.documents import ROOT, blocks, commands, problem, prose, unmarked
 
@@ -101,11 +102,78 @@ def test_docstrings_run(name: str, backend: str, elsewhere: Path) -> None:
     assert result.failed == 0, f"{result.failed} examples of {name} fail; the output has them"
 
 
-def test_public_functions_have_examples() -> None:
-    public = {name: getattr(paramkit, name) for name in paramkit.__all__}
-    functions = {name: f for name, f in public.items() if inspect.isfunction(f)}
-    assert functions
-    assert not [name for name, f in functions.items() if ">>>" not in (f.__doc__ or "")]
+def _public() -> dict[str, Any]:
+    """What a user may call, by name: of the package, its modules and classes."""
+    found: dict[str, Any] = {}
+    for module in (paramkit, paramkit.backend, paramkit.recipes, paramkit.distributed):
+        for name in module.__all__:
+            value = getattr(module, name)
+            if inspect.ismodule(value):
+                continue
+            found[f"{module.__name__}.{name}"] = value
+            if inspect.isclass(value):
+                methods = {n: m for n, m in vars(value).items() if inspect.isfunction(m)}
+                found |= {
+                    f"{module.__name__}.{name}.{n}": m
+                    for n, m in methods.items()
+                    if not n.startswith("_")
+                }
+    return found
+
+
+def _lacks(value: Any, *, method: bool) -> list[str]:
+    """What a docstring does not say: arguments, result, errors, an example (a method's may be its class's)."""
+    text = inspect.getdoc(value) or ""
+    if not inspect.isfunction(value):
+        return [] if ">>>" in text else ["an example"]
+    signature = inspect.signature(value)
+    lacks = [n for n in signature.parameters if n != "self" and not re.search(rf"\b{n}\b.*:", text)]
+    result = signature.return_annotation not in ("None", None)
+    if result and not ("Returns:" in text or "Yields:" in text):
+        lacks.append("what it returns")
+    if not ("Raises:" in text or "never raises" in text):
+        lacks.append("what it raises")
+    if not method and ">>>" not in text:
+        lacks.append("an example")
+    return lacks
+
+
+def test_public_docstrings_are_complete() -> None:
+    public = _public()
+    assert {"paramkit.plan", "paramkit.Plan.apply", "paramkit.distributed.Sync.step"} <= set(public)
+    found = {
+        name: _lacks(value, method=name.rpartition(".")[0] in public)
+        for name, value in public.items()
+    }
+    assert not {name: lacks for name, lacks in found.items() if lacks}
+
+
+def test_an_incomplete_docstring_is_seen() -> None:
+    def bare(value: int) -> int:
+        """Words."""
+        return value
+
+    def whole(value: int) -> int:
+        """Words.
+
+        Args:
+            value: a number.
+
+        Returns:
+            The same; never raises.
+
+        >>> 1
+        1
+        """
+        return value
+
+    assert _lacks(bare, method=False) == [
+        "value",
+        "what it returns",
+        "what it raises",
+        "an example",
+    ]
+    assert _lacks(whole, method=False) == []
 
 
 def test_pages_without_python_have_none() -> None:

@@ -20,6 +20,13 @@ class BuildError(loader.BackendError):
     """The extension, or a CUDA library that must be there, could not be built.
 
     The message holds the end of the log and its path.
+
+    Example:
+        >>> from paramkit import backend
+        >>> try:
+        ...     backend.build(verbose=False)  # doctest: +SKIP
+        ... except backend.BuildError as error:
+        ...     print(error)
     """
 
 

@@ -31,7 +31,17 @@ _REMEDY = "run `paramkit build` (or paramkit.backend.build())"
 
 
 class BackendError(RuntimeError):
-    """The route that was asked for cannot be had, or is not one that exists."""
+    """The route that was asked for cannot be had, or is not one that exists.
+
+    Example:
+        >>> from paramkit import backend
+        >>> try:
+        ...     with backend.force("avx"):
+        ...         pass
+        ... except backend.BackendError as error:
+        ...     print(error)
+        force: got 'avx', expected one of native, cpu, cpu:scalar, cpu:avx2, cpu:avx512, cuda
+    """
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,9 @@ def active() -> ModuleType:
     The first call decides, following ``PARAMKIT_BACKEND`` and ``PARAMKIT_CPU_CAPABILITY``; later
     calls return the same module.
 
+    Returns:
+        The module, which has the operators, ``Plan`` and the rest under the same names either way.
+
     Raises:
         BackendError: if one of the two variables has an unknown or unavailable value.
 
@@ -102,6 +115,9 @@ def force(name: str) -> Iterator[ModuleType]:
     Args:
         name: ``native``; ``cpu``, or ``cpu:`` and an instruction set, as in ``cpu:avx2``, with
             torch's own functions for CUDA tensors; or ``cuda``, with the kernels for both.
+
+    Yields:
+        The module that runs the writes, as :func:`active` gives it.
 
     Raises:
         BackendError: if the name is unknown, or the route cannot be had on this machine.

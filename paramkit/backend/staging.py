@@ -23,6 +23,9 @@ def staging(total: int) -> Iterator[None]:
         total: bytes of all slots together, at least 12,288; 96 MiB if nothing is said here or in
             PARAMKIT_STAGING_BYTES.
 
+    Yields:
+        Nothing.
+
     Raises:
         TypeError: ``total`` is no int.
         ValueError: ``total`` is too small.

@@ -26,6 +26,11 @@ class Status:
         build_log: path of the log of the build, or of the build that failed.
         error: the original error text where the extension could not be built or loaded.
         env: the settings of the environment in force.
+
+    Example:
+        >>> import paramkit
+        >>> paramkit.status().backend in ("cpu", "cuda", "native")
+        True
     """
 
     backend: str
@@ -40,7 +45,15 @@ class Status:
     env: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, fit for JSON."""
+        """Plain data, fit for JSON; never raises.
+
+        Returns:
+            The attributes by name.
+
+        >>> import json, paramkit
+        >>> sorted(json.loads(json.dumps(paramkit.status().as_dict())))[:4]
+        ['backend', 'binary', 'build_log', 'capabilities']
+        """
         return {**dataclasses.asdict(self), "capabilities": list(self.capabilities)}
 
     def __str__(self) -> str:
@@ -66,6 +79,9 @@ class Status:
 
 def status() -> Status:
     """What runs the writes and why. Loads the extension if no call has yet; never raises.
+
+    Returns:
+        A `Status`; printed, a page that people can read.
 
     Example:
         >>> import paramkit

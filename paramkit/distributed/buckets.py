@@ -17,7 +17,18 @@ _ALIGN = 64
 
 
 class Entry(NamedTuple):
-    """A tensor in a bucket: `offset` in bytes from its begin."""
+    """A tensor in a bucket.
+
+    Attributes:
+        name: of the tensor.
+        dtype: of its elements.
+        shape: in elements.
+        offset: in bytes, from the begin of the bucket.
+
+    Example:
+        >>> Entry("w", torch.float32, (2, 3), 0).offset
+        0
+    """
 
     name: str
     dtype: torch.dtype
@@ -31,13 +42,22 @@ class Bucket(NamedTuple):
     Attributes:
         buffer: shape [bytes], uint8. It is used again for the next bucket.
         entries: what lies where in it.
+
+    Example:
+        >>> bucket = Bucket(torch.zeros(8, dtype=torch.uint8), (Entry("w", torch.float32, (2,), 0),))
+        >>> list(bucket.tensors())
+        [('w', tensor([0., 0.]))]
     """
 
     buffer: Tensor
     entries: tuple[Entry, ...]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Views of the buffer, by name."""
+        """The tensors, by name; never raises.
+
+        Yields:
+            Names and views of the buffer, of the entries' dtypes and shapes.
+        """
         for name, dtype, shape, offset in self.entries:
             size = prod(shape) * dtype.itemsize
             yield name, self.buffer[offset : offset + size].view(dtype).view(shape)

@@ -15,6 +15,11 @@ class SyncError(PlanError):
 
     Attributes:
         rank: of the group, where it went wrong first; None where that cannot be told.
+
+    Example:
+        >>> error = SyncError("ranks have different models; nothing was sent.", rank=1)
+        >>> error.rank, isinstance(error, PlanError)
+        (1, True)
     """
 
     def __init__(

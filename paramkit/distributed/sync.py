@@ -42,6 +42,10 @@ class SyncReport:
         bytes_sent, bytes_received: of values; what goes to several ranks counts once for each.
         messages: sent and received.
         seconds: from the call to the agreement of all ranks.
+
+    Example:
+        >>> SyncReport(version=3, bytes_sent=1 << 20, bytes_received=0, messages=2, seconds=0.1).version
+        3
     """
 
     version: int
@@ -90,6 +94,13 @@ class Sync:
         >>> sync = pkd.Sync(replica, source=trainer)
         >>> sync.step().version, torch.equal(replica.weight, trainer.weight.bfloat16())
         (1, True)
+        >>> stream = pkd.Sync(source=trainer, stream=True)
+        >>> [(name, tuple(tensor.shape)) for name, tensor in stream.weights()]
+        [('weight', (2, 2)), ('bias', (2,))]
+        >>> trainer.weight = torch.nn.Parameter(torch.zeros(2, 2))
+        >>> sync.rebuild()
+        >>> sync.step().version
+        2
         >>> torch.distributed.destroy_process_group()
     """
 
@@ -154,6 +165,9 @@ class Sync:
 
         On a rank that takes a stream, call `weights()` or `buckets()` instead.
 
+        Returns:
+            The version, and what this rank sent and received.
+
         Raises:
             SyncError: on every rank that can be reached.
         """
@@ -193,6 +207,12 @@ class Sync:
         """A step, on a rank that takes a stream: (name, tensor), as engines' `load_weights` take them.
 
         See `buckets`. A tensor is valid until the next one is asked for.
+
+        Yields:
+            Names and whole tensors, views of a bucket.
+
+        Raises:
+            SyncError: on every rank that can be reached.
         """
         passes = self.buckets()
         try:
@@ -222,7 +242,11 @@ class Sync:
         self._work = Work(talk, self._want, "planning")
 
     def explain(self) -> str:
-        """What this rank sends and receives, as text."""
+        """What this rank sends and receives; never raises, and is not collective.
+
+        Returns:
+            Lines of text: tensors, bytes, with whom, and how much staging it takes.
+        """
         return explained(self._work)
 
     def _passes(self, refusal: PlanError | None) -> Generator[int, None, None]:

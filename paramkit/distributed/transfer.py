@@ -129,7 +129,17 @@ def transplant(
         What this rank wrote.
 
     Raises:
-        SyncError: on every rank.
+        SyncError: on every rank. Before anything was sent, or else this rank's model is torn.
+        RuntimeError: torch.distributed is not initialised.
+
+    Example:
+        >>> import tempfile, torch, paramkit.distributed as pkd
+        >>> store = torch.distributed.FileStore(tempfile.mktemp(), 1)
+        >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> model = {"w": torch.zeros(2, dtype=torch.bfloat16)}
+        >>> pkd.transplant(model, {"w": torch.ones(2)}, src=0).summary.bytes
+        4
+        >>> torch.distributed.destroy_process_group()
     """
     return plan(model, source, rules, group=group, src=src, **options).apply(progress=progress)
 
@@ -138,6 +148,19 @@ class Transfer:
     """A transfer between the ranks of a group, ready to run again and again. Made by `plan`.
 
     Every method but `explain` is collective: all ranks of the group call it.
+
+    Example:
+        >>> import tempfile, torch, paramkit.distributed as pkd
+        >>> store = torch.distributed.FileStore(tempfile.mktemp(), 1)
+        >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> model = {"a": torch.zeros(2), "b": torch.zeros(2)}
+        >>> transfer = pkd.plan(model, {"a": torch.ones(2), "b": torch.ones(2)})
+        >>> transfer.apply().summary.bytes
+        16
+        >>> print(transfer.explain())
+        rank 0 of 1: 2 tensors, 16 bytes written; 2 pieces held here, 0 received
+        staging: 0 bytes
+        >>> torch.distributed.destroy_process_group()
     """
 
     def __init__(
@@ -250,7 +273,11 @@ class Transfer:
         return made[0]
 
     def explain(self) -> str:
-        """What this rank writes, sends and receives, as text."""
+        """What this rank writes, sends and receives; never raises, and is not collective.
+
+        Returns:
+            Lines of text: tensors, bytes, with whom, and how much staging it takes.
+        """
         if self._files is not None:
             return self._files.explain()
         if self._work is None:

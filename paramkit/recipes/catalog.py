@@ -27,6 +27,11 @@ class Recipe:
         about: from what to what, and what it leaves out.
         needs: sizes that must be given, or are taken from a config.
         path: the rule file, which `paramkit.load_rules` and the command line read too.
+
+    Example:
+        >>> recipe = describe("gpt2_to_linear")
+        >>> recipe.name, recipe.needs, recipe.path.name
+        ('gpt2_to_linear', (), 'gpt2_to_linear.yaml')
     """
 
     name: str
@@ -40,7 +45,10 @@ class Recipe:
 
 
 def names() -> list[str]:
-    """The recipes there are.
+    """The recipes there are; never raises.
+
+    Returns:
+        Their names, sorted.
 
     Example:
         >>> "llama_to_fused" in names()
@@ -54,6 +62,9 @@ def describe(name: str) -> Recipe:
 
     Args:
         name: one of `names()`.
+
+    Returns:
+        A `Recipe`.
 
     Raises:
         ValueError: there is no such recipe.
