@@ -27,6 +27,7 @@ __all__ = [
     "assert_same_storage",
     "bits",
     "contiguous_strides",
+    "elements",
     "nothing_written",
     "outcome",
     "place",
@@ -46,7 +47,7 @@ def storage_bytes(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(tensor.detach().untyped_storage())
 
 
-def _elements(tensor: Tensor) -> Tensor:
+def elements(tensor: Tensor) -> Tensor:
     """Storage indices of the tensor's elements, in logical order, ``[numel]``."""
     if tensor.numel() == 0:
         return torch.empty(0, dtype=torch.int64)
@@ -63,7 +64,7 @@ def bits(tensor: Tensor) -> Tensor:
     size = tensor.element_size()
     raw = storage_bytes(tensor)
     whole = raw[: raw.numel() // size * size].view(-1, size)
-    return whole[_elements(tensor)]
+    return whole[elements(tensor)]
 
 
 def _is_nan(tensor: Tensor) -> Tensor:
@@ -221,7 +222,7 @@ class Watch:
             raw = storage_bytes(tensor)
             mask = inside.setdefault(raw.data_ptr(), torch.zeros_like(raw, dtype=torch.bool))
             size = tensor.element_size()
-            mask[: raw.numel() // size * size].view(-1, size)[_elements(tensor)] = True
+            mask[: raw.numel() // size * size].view(-1, size)[elements(tensor)] = True
         for index, (tensor, before) in enumerate(zip(self._tensors, self._before, strict=True)):
             raw = storage_bytes(tensor)
             stray = ((raw != before) & ~inside[raw.data_ptr()]).nonzero().flatten()
