@@ -29,6 +29,7 @@ import torch
 import paramkit
 import paramkit.distributed
 from paramkit import cli
+from paramkit.backend import loader
 from tests.documents import ROOT, blocks, commands, problem, prose, unmarked
 
 PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
@@ -225,6 +226,14 @@ def test_every_page_is_in_the_contents() -> None:
     entries = [b.code.splitlines() for b in blocks(index) if b.language == "{toctree}"]
     names = {line.strip() for lines in entries for line in lines}
     assert {Path(page).stem for page in PAGES} <= names | {"index"}
+
+
+def test_the_warning_is_the_one_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page cannot run it: the extension is there, or CI fails."""
+    missing = loader.Extension(reason="the extension has not been built")
+    monkeypatch.setattr(loader, "_find", lambda: missing)
+    shown = f"RuntimeWarning: {loader._decide('auto', '').warning}\n"
+    assert shown in (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
 
 
 def test_the_picture_is_what_its_script_draws() -> None:
