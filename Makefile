@@ -20,7 +20,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq install
 KEEP_TORCH := -c $(STAMPS)/constraints.txt
 say = @printf '\033[1m==>\033[0m %s\n'
 
-.PHONY: help demo test slow sanitize bench bench-distributed gpu docs lint format build clean distclean force
+.PHONY: help demo test slow fuzz sanitize bench bench-distributed gpu docs lint format build clean distclean force
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -47,6 +47,11 @@ slow: $(STAMPS)/test $(STAMPS)/extension ## the exhaustive tests: every 32-bit v
 sanitize: $(STAMPS)/test ## ASan, UBSan, TSan over the suite; SANITIZERS=address, TESTS=tests/test_ops.py
 	$(say) 'sanitizers: canaries first, then the suite'
 	@$(PY) -m tests.sanitize --sanitizers '$(or $(SANITIZERS),address undefined thread)' --tests '$(TESTS)' -- $(ARGS)
+
+SEED ?= 0
+fuzz: $(STAMPS)/test $(STAMPS)/extension ## the C++ core with sanitizers, against plain loops; SEED=
+	$(say) 'fuzz'
+	@nice -n 10 $(PY) -m tests.fuzz --seed $(SEED) $(ARGS)
 
 bench: $(STAMPS)/bench $(STAMPS)/extension ## beside torch, numpy and plain C; ARGS=--quick is short
 	$(say) 'benchmarks'
