@@ -361,6 +361,7 @@ class _Reader:
     def __init__(self, path: Path, document: _Value) -> None:
         self.path, self.document = path, document
         self.findings: list[Finding] = []
+        self.unknown: set[str] = set()  # sizes without a value: what follows from that is no news
 
     def rules(self, given: Mapping[str, int]) -> list[Rule]:
         top = self.document.value
@@ -404,9 +405,12 @@ class _Reader:
                 self._add(
                     entry.line, f"no value for the size {name}", f"{name}=... from the caller"
                 )
+                self.unknown.add(name)
             else:
                 number = self._number(value, sizes, entry.line, f"the size {name}")
-                if number is not None:
+                if number is None:
+                    self.unknown.add(name)
+                else:
                     sizes[name] = number
         return sizes
 
@@ -432,7 +436,8 @@ class _Reader:
                 if number is not None:
                     return number
                 unknown = [n for n in parsed.names if n not in sizes]
-                self._add(line, f'{what} = "{value}"', f"a value for {', '.join(unknown)}")
+                if not self.unknown.intersection(unknown):
+                    self._add(line, f'{what} = "{value}"', f"a value for {', '.join(unknown)}")
                 return None
         self._add(line, f"{what} = {value!r}"[:100], "an int, or a sum of products of sizes")
         return None
@@ -462,13 +467,16 @@ class _Reader:
         plain = {
             k: fields[k].plain() for k in ("src", "dst", "pattern", "rows", "fill") if k in fields
         }
+        names: set[str] = set()
         try:
-            for name in self._names_in(plain.get("pattern"), at):
+            names = self._names_in(plain.get("pattern"), at)
+            for name in names:
                 if name in sizes:
                     own.setdefault(name, sizes[name])
             return _made(plain, at, own)
         except (ValueError, TypeError) as error:
-            self._add(entry.line, str(error))
+            if not self.unknown & names:
+                self._add(entry.line, str(error))
             return None
 
     @staticmethod
