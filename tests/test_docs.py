@@ -221,6 +221,23 @@ def test_links_lead_somewhere(name: str) -> None:
         assert not anchor or anchor in _anchors(path), target
 
 
+def test_the_variables_of_the_environment_are_listed() -> None:
+    """Those of ours that the sources name, and those of others that Python reads."""
+    python = [*(ROOT / "paramkit").rglob("*.py"), ROOT / "setup.py"]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in python)
+    used = set(re.findall(r"""["'](PARAMKIT_[A-Z_]+)["'=]""", code))
+    for path in (ROOT / "csrc").glob("*/*.cpp"):
+        if path.parent.name == "tests":
+            continue
+        used |= set(re.findall(r"""getenv\("([A-Z_]+)"\)""", path.read_text(encoding="utf-8")))
+    used |= set(re.findall(r"""environ(?:\.get\(|\[)["']([A-Z_]+)["']""", code))
+    used -= {"PATH", "LC_ALL", "XDG_CACHE_HOME"}  # the system's, in its own meaning
+    page = (ROOT / "docs/environment.md").read_text(encoding="utf-8")
+    listed = {name for row in re.findall(r"^\| (`.*?) \|", page, re.M) for name in row.split("`")}
+    assert used <= listed
+    assert {name for name in listed if name.startswith("PARAMKIT_")} <= used
+
+
 def test_every_page_is_in_the_contents() -> None:
     index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
     entries = [b.code.splitlines() for b in blocks(index) if b.language == "{toctree}"]
