@@ -297,6 +297,9 @@ class _Handle(Handle):
     def __getitem__(self, index: Any) -> Any:
         return self._writes._refuse_read(self._name, index)
 
+    def __delitem__(self, index: Any) -> None:
+        raise TypeError("'Handle' object doesn't support item deletion")
+
     def __repr__(self) -> str:
         return f"<handle of {self._name}, for assignments only>"
 
