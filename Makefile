@@ -177,7 +177,7 @@ $(STAMPS)/extension: force
 else ifeq ($(MAKECMDGOALS)$(if $(strip $(nvcc)),$(no_cuda)),buildno-cuda)
 $(STAMPS)/extension: force
 endif
-builders := $(addprefix paramkit/backend/,sources.py compile.py compile_cuda.py toolkit.py)
+builders := $(addprefix paramkit/backend/,sources.py lock.py compile.py compile_cuda.py toolkit.py)
 $(STAMPS)/extension: $(STAMPS)/base setup.py pyproject.toml $(builders) \
     $(shell find csrc -type f 2>/dev/null) $(built)
 	$(say) "installing paramkit$(if $(filter off,$(off_now)),, and compiling its extension (minutes the first time))"

@@ -25,7 +25,7 @@ _package = types.ModuleType("_paramkit_build")
 _package.__path__ = [str(ROOT / "paramkit" / "backend")]
 sys.modules[_package.__name__] = _package
 from _paramkit_build import compile as compiling  # noqa: E402
-from _paramkit_build import compile_cuda, sources  # noqa: E402
+from _paramkit_build import compile_cuda, lock, sources  # noqa: E402
 
 try:
     MODE = sources.build_mode()
@@ -54,7 +54,9 @@ class BuildExtension(build_ext):
             sources.write_record(package / sources.RECORD_NAME, record)
             return
         try:
-            self._compile(package, keep_log=bool(in_place))
+            # Two installations from one checkout would compile in the same folder.
+            with lock.locked(ROOT / "build", lambda line: print(f"paramkit: {line}")):
+                self._compile(package, keep_log=bool(in_place))
         except Exception as error:
             text = getattr(error, "output", "") or traceback.format_exc()
             (package / sources.ERROR_NAME).write_text(f"{error}\n\n{text}", encoding="utf-8")
@@ -92,8 +94,11 @@ class BuildExtension(build_ext):
         built = [binary, *([out / sources.CUDA_NAME] if cuda["result"] == "built" else [])]
         for path in built:
             staged = package / f"{path.name}.tmp"
-            shutil.copy2(path, staged)
-            staged.replace(package / path.name)
+            try:
+                shutil.copy2(path, staged)
+                staged.replace(package / path.name)
+            finally:
+                staged.unlink(missing_ok=True)  # a part of a library must not get into a wheel
         sources.write_record(package / sources.RECORD_NAME, record)
 
     def get_outputs(self) -> list[str]:

@@ -102,7 +102,8 @@ int64_t read_file_rows(int fd, int64_t offset, int64_t file_stride, int64_t rows
 
 }  // namespace
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+// Needs the GIL: plans, recorders and tables have no locks of their own. A free-threaded Python turns it on.
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, py::mod_gil_not_used(false)) {
   m.attr("NAME") = "cpu";
   Plan::prepare();
   paramkit::adopt_numerics();

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paramkit.backend import loader, sources
+from paramkit.backend.lock import exchange, locked
 
 if TYPE_CHECKING:
     from paramkit.backend import compile as compiling
@@ -77,7 +76,8 @@ def build(verbose: bool = True, force: bool = False) -> Path:
         raise BuildError(f"build: {error}") from None
     target = cache / digest
     try:
-        with _locked(cache, say):
+        with locked(cache, say):
+            _sweep(cache)
             if not force and _is_good(target):
                 _mark_as_asked_for(target)
                 say(f"already built: {target / sources.BINARY_NAME}")
@@ -101,9 +101,6 @@ def _build_into(target: Path, say: Callable[[str], None], force: bool) -> None:
     from paramkit.backend import compile_cuda
 
     cache = target.parent
-    # Left by builds that were killed; nobody else builds here now, since we hold the lock.
-    for leftover in cache.glob(".building-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=".building-", dir=cache))
     try:
         out = work / "out"
@@ -121,17 +118,7 @@ def _build_into(target: Path, say: Callable[[str], None], force: bool) -> None:
             kept = cache / f"{target.name}.failed.log"
             log.replace(kept)
             raise BuildError(_failure(error, kept)) from None
-        if target.is_dir():
-            # File by file: a folder that is not empty cannot be replaced in one step. The record
-            # goes first, so that at no moment a record stands beside a binary it was not made for.
-            (target / sources.RECORD_NAME).unlink(missing_ok=True)
-            (target / sources.CUDA_NAME).unlink(missing_ok=True)
-            names = ("build.log", sources.BINARY_NAME, sources.CUDA_NAME, sources.RECORD_NAME)
-            for name in names:
-                if (out / name).exists():
-                    (out / name).replace(target / name)
-        else:
-            out.replace(target)
+        exchange(out, target)
         (cache / f"{target.name}.failed.log").unlink(missing_ok=True)
         say(f"built {target / sources.BINARY_NAME}")
         if cuda["result"] == "failed":
@@ -145,17 +132,25 @@ def _build_into(target: Path, say: Callable[[str], None], force: bool) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def _sweep(cache: Path) -> None:
+    """Remove what killed builds left. Nobody else builds here now: the lock is held."""
+    for leftover in cache.glob(".building-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in cache.glob(f"*/{sources.RECORD_NAME}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
 def _is_good(folder: Path) -> bool:
     """Whether the folder holds all that a build would make now, whole, with the same flags."""
     from paramkit.backend import compile_cuda
 
     record = sources.read_record(folder / sources.RECORD_NAME)
     binary = folder / sources.BINARY_NAME
-    if record is None or not binary.is_file():
+    if record is None:
         return False
     checked = [flag for flag in sources.compile_flags() if flag != "-Werror"]
     same_flags = [flag for flag in record.get("flags", []) if flag != "-Werror"] == checked
-    whole = record.get("sha256") == sources.file_digest(binary)
+    whole = sources.is_whole(binary, record.get("sha256"))
     return same_flags and whole and compile_cuda.is_good(folder, record)
 
 
@@ -163,24 +158,6 @@ def _mark_as_asked_for(folder: Path) -> None:
     """After an install with PARAMKIT_BUILD=off, only what was asked for later is used."""
     path = folder / sources.RECORD_NAME
     sources.write_record(path, {**(sources.read_record(path) or {}), "time": sources.now()})
-
-
-@contextmanager
-def _locked(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the cache's lock. The kernel drops it when the process dies, so it is never stale."""
-    import fcntl
-
-    cache.mkdir(parents=True, exist_ok=True)
-    handle = os.open(cache / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("another process is building; waiting for it")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _failure(error: compiling.CompileError, log: Path) -> str:

@@ -13,10 +13,12 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 # Relative, because setup.py loads the two files under another package name.
@@ -111,6 +113,7 @@ def run_logged(
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            start_new_session=True,
         )
         try:
             assert process.stdout is not None
@@ -120,7 +123,10 @@ def run_logged(
                 kept.flush()
                 watch(line)
         except BaseException:
-            process.kill()  # Ctrl-C: leave no compiler behind
+            # Ctrl-C, or a log that cannot be written. The process has started others: leave no
+            # compiler behind, it would go on writing where the caller is about to clean up.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             raise
         finally:
             status = process.wait()

@@ -282,7 +282,7 @@ def _host_compiler() -> list[str]:
 
 
 def _is_whole(library: Path, entry: dict[str, Any]) -> bool:
-    return library.is_file() and entry.get("sha256") == sources.file_digest(library)
+    return sources.is_whole(library, entry.get("sha256"))
 
 
 def _arch_list() -> str:

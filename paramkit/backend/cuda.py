@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paramkit.backend import loader, sources
+from paramkit.backend import elf, loader, sources
 
 _NATIVELY = "CUDA tensors go through torch's own copy_ and fill_"
 _BUILD = "run `paramkit build` (or paramkit.backend.build())"
@@ -146,6 +146,9 @@ def _open(module: Any, binary: Path | None) -> Problem | None:
     if problem is not None:
         return problem
     try:
+        lacking = elf.cut_short(library.path)
+        if lacking:
+            raise OSError(lacking)
         module.open_cuda(str(library.path))
     except Exception as error:
         return Problem(f"{library.path} cannot be opened: {error}", f"To have it anew, {_BUILD}")

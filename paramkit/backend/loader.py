@@ -14,6 +14,7 @@ import importlib.util
 import os
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from paramkit.backend import sources
+from paramkit.backend import elf, sources
 
 ROUTES = ("auto", "native", "cpu", "cuda")
 CAPABILITIES = ("scalar", "avx2", "avx512")
@@ -66,6 +67,7 @@ class Decision:
     why: str
     extension: Extension = field(default_factory=Extension)
     warning: str = ""  # to be given at the first use
+    remedy: str = "paramkit build"  # what gets the extension
     cuda: bool = False  # CUDA tensors go to the kernels, if there is a library and a device
 
     @property
@@ -251,8 +253,13 @@ def _decide(route: str, asked: str) -> Decision:
     """The decision for a route that is known to be one of ROUTES."""
     if route == "native":
         return Decision(_native(), "native", asked)
+    if route == "auto" and _gil_is_off():
+        return _without_gil()
     extension = _find()
     if extension.module is not None:
+        # Python has turned the GIL on to load it, unless PYTHON_GIL=0 forbids that.
+        if _gil_is_off():
+            raise BackendError(f"{asked}, but {_NO_GIL}. Unset PYTHON_GIL, or take -X gil=1")
         why = f"{extension.where} ({asked})" if asked else extension.where
         if route == "cuda":
             _need_cuda(asked, extension)
@@ -273,6 +280,27 @@ def _decide(route: str, asked: str) -> Decision:
         )
     )
     return Decision(_native(), "native", extension.reason, extension, warning)
+
+
+# NOTE: [Free-threaded Python] The extension says of itself that it needs the GIL (module.cpp): its
+# tables and plans are guarded by it. Loading it would turn the GIL on for the whole process, so that
+# is done only when it is asked for by name.
+_NO_GIL = "this is a free-threaded Python with its GIL off, and the extension needs the GIL"
+
+
+def _gil_is_off() -> bool:
+    enabled = getattr(sys, "_is_gil_enabled", None)
+    return enabled is not None and not enabled()
+
+
+def _without_gil() -> Decision:
+    warning = (
+        f"paramkit runs on torch's own copy_ and fill_ (same results, slower): {_NO_GIL}. "
+        "PARAMKIT_BACKEND=cpu loads it, and Python then turns the GIL on for the whole process. "
+        "PARAMKIT_BACKEND=native asks for this route and silences the warning."
+    )
+    remedy = "PARAMKIT_BACKEND=cpu, which turns the GIL on"
+    return Decision(_native(), "native", _NO_GIL, Extension(reason=_NO_GIL), warning, remedy)
 
 
 def _native() -> ModuleType:
@@ -363,15 +391,10 @@ def _search() -> Extension:
         except RuntimeError:  # no home folder, as in some containers: no cache either
             folder = package / "no-cache"
         binary = folder / sources.BINARY_NAME
-        kept = sources.read_record(folder / sources.RECORD_NAME)
+        kept, problem = _in_cache(folder, version)
         # What was built before an install that asked for none is not used.
         wanted = not declined or (kept or {}).get("time", "") > (record or {}).get("time", "")
         if binary.exists() and wanted:
-            problem = _mismatch(kept, binary, version)
-            # Opening a damaged library can crash the process (a truncated one does), so the
-            # content is compared first. Not done for the package's own binary: packagers strip.
-            if not problem and (kept or {}).get("sha256") != sources.file_digest(binary):
-                problem = f"the binary in the extension cache is damaged: {binary}"
             if problem:
                 problems.append((problem, None))
             else:
@@ -401,21 +424,40 @@ def _search() -> Extension:
     )
 
 
+def _in_cache(folder: Path, version: str) -> tuple[dict[str, Any] | None, str]:
+    """The record of a folder in the extension cache, and why its binary must not be opened."""
+    path, binary = folder / sources.RECORD_NAME, folder / sources.BINARY_NAME
+    for _ in range(5):
+        kept = sources.read_record(path)
+        problem = _mismatch(kept, binary, version)
+        # Opening a damaged library can crash the process, so the content is compared first. Not
+        # done for the package's own binary: packagers strip.
+        if not problem and not sources.is_whole(binary, (kept or {}).get("sha256")):
+            problem = f"the binary in the extension cache is damaged: {binary}"
+        if not problem or not binary.exists():
+            break
+        # Another process may just have put a new build in place.
+        time.sleep(0.02)
+    return kept, problem
+
+
 def _has_newer_cuda(kept: dict[str, Any], installed: dict[str, Any]) -> bool:
     """Whether the cache's build was asked for after the install, and has another CUDA library."""
     entry = kept.get("cuda") or {}
     if entry.get("result") != "built" or kept.get("time", "") <= installed.get("time", ""):
         return False
-    library = sources.PACKAGE_DIR / sources.CUDA_NAME
-    return not library.is_file() or sources.file_digest(library) != entry.get("sha256")
+    return not sources.is_whole(sources.PACKAGE_DIR / sources.CUDA_NAME, entry.get("sha256"))
 
 
 def _mismatch(record: dict[str, Any] | None, binary: Path, version: str) -> str:
     """Why a binary must not be opened, or an empty string."""
-    if not binary.exists() and (record is None or record.get("python") == sources.PYTHON_TAG):
+    if record is None or "python" not in record or "torch" not in record:
+        record = None
+    if not binary.exists() and (record is None or record["python"] == sources.PYTHON_TAG):
         return "the extension has not been built"
     if record is None:
-        return f"nothing tells which torch {binary} was built for (no {sources.RECORD_NAME})"
+        why = f"no {sources.RECORD_NAME} that can be read"
+        return f"nothing tells which torch {binary} was built for ({why})"
     if record.get("python") != sources.PYTHON_TAG:
         return f"the extension was built for {record.get('python')}, not {sources.PYTHON_TAG}"
     if record.get("torch") != version:
@@ -441,6 +483,9 @@ def _load(binary: Path) -> ModuleType:
     import torch  # noqa: F401  the libraries that the extension needs must be there first
 
     try:
+        lacking = elf.cut_short(binary)
+        if lacking:
+            raise OSError(f"{binary}: {lacking}")
         # Opened once by itself, to tell a library that could not be opened (another one may be
         # tried) from one that failed half-way (its operators are registered: none may be tried).
         ctypes.CDLL(str(binary))

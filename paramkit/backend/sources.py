@@ -12,6 +12,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,20 @@ BUILD_MODES = ("auto", "require", "off")
 # their own.
 _SEPARATE = ("tests",)
 _SOURCE_SUFFIXES = (".cpp", ".cc", ".c", ".h", ".hpp", ".inc", ".inl", ".cu", ".cuh")
+
+# What a record holds, and its entry on the CUDA library; any of it may be missing.
+_ENTRIES = {
+    **dict.fromkeys(("result", "torch", "python", "source_hash", "sha256", "compiler"), str),
+    **dict.fromkeys(("time", "log"), str),
+    "flags": list,
+    "cuda": dict,
+}
+_CUDA_ENTRIES = {
+    **dict.fromkeys(("result", "reason", "toolkit", "arch_list", "inputs", "sha256"), str),
+    "architectures": list,
+    "werror": bool,
+    "kernels": dict,
+}
 
 
 def csrc_dir() -> Path | None:
@@ -157,6 +172,14 @@ def file_digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def is_whole(path: Path, digest: object) -> bool:
+    """Whether a file is there, can be read, and has this SHA-256."""
+    try:
+        return path.is_file() and digest == file_digest(path)
+    except OSError:
+        return False
+
+
 def cache_dir(torch_version_module: Any) -> Path:
     """paramkit's folder in torch's extension cache.
 
@@ -185,12 +208,26 @@ def cache_dir(torch_version_module: Any) -> Path:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """The record written beside a binary, or None where there is none that can be read."""
+    """The record written beside a binary, or None where there is none that can be read.
+
+    One with an entry of another type than paramkit writes is damaged: None too.
+    """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) else None
+    whole = _fits(record, _ENTRIES) and _fits(record.get("cuda", {}), _CUDA_ENTRIES)
+    return record if whole else None
+
+
+def _fits(record: Any, entries: Mapping[str, type]) -> bool:
+    """Whether a record is one, with entries of these types, as far as they are there."""
+    return isinstance(record, dict) and all(
+        isinstance(record[name], kind)
+        and (kind is not list or all(isinstance(one, str) for one in record[name]))
+        for name, kind in entries.items()
+        if name in record
+    )
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:

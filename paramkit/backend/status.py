@@ -24,6 +24,7 @@ class Status:
         torch: version of torch.
         binary: path of the loaded extension.
         build_log: path of the log of the build, or of the build that failed.
+        remedy: what gets the compiled extension; None where it is in use.
         error: the original error text where the extension could not be built or loaded.
         env: the settings of the environment in force.
 
@@ -41,6 +42,7 @@ class Status:
     capabilities: tuple[str, ...] = ()
     binary: str | None = None
     build_log: str | None = None
+    remedy: str | None = None
     error: str | None = None
     env: dict[str, str] = field(default_factory=dict)
 
@@ -67,8 +69,8 @@ class Status:
         if self.build_log:
             rows.append(("build log", self.build_log))
         rows += [("setting", f"{name}={value}") for name, value in self.env.items()]
-        if self.backend == "native" and not self.binary:
-            rows.append(("remedy", "paramkit build"))
+        if self.remedy:
+            rows.append(("remedy", self.remedy))
         text = "\n".join(f"{name:<13}{value}" for name, value in rows)
         if self.error:
             lines = self.error.splitlines()
@@ -107,6 +109,7 @@ def status() -> Status:
         capabilities=tuple(compiled.capabilities()) if compiled else (),
         binary=str(extension.binary) if extension.binary else None,
         build_log=str(extension.build_log) if extension.build_log else None,
+        remedy=None if compiled or extension.binary else decision.remedy,
         error=extension.error,
         env=env,
     )
