@@ -20,7 +20,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq install
 KEEP_TORCH := -c $(STAMPS)/constraints.txt
 say = @printf '\033[1m==>\033[0m %s\n'
 
-.PHONY: help demo test slow fuzz sanitize bench bench-distributed gpu docs lint format build clean distclean force
+.PHONY: help demo test slow fuzz sanitize bench bench-distributed gpu docs lint format build wheel clean distclean force
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -87,6 +87,10 @@ format: $(STAMPS)/lint ## put the style right where a tool can
 
 build: $(STAMPS)/extension ## install the package and build its extension
 	@$(PY) -m paramkit status
+
+wheel: $(STAMPS)/base ## a source distribution, and from it a wheel for this Python and torch, in dist/
+	$(say) 'source distribution and wheel (compiling takes minutes)'
+	@$(PY) tools/distributions.py '$(or $(OUT),dist)'
 
 clean: ## remove what was built; keep the environment
 	rm -rf build dist *.egg-info paramkit/_C.* paramkit/_cuda.so paramkit/_build_error.txt $(STAMPS)/extension

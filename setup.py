@@ -114,6 +114,11 @@ class BuildPackage(build_py):
 
     def run(self) -> None:
         super().run()
+        if MODE == "off":
+            # There is no extension, so setuptools leaves the command out; it writes the record.
+            command = self.get_finalized_command("build_ext")
+            command.editable_mode = self.editable_mode
+            self.run_command("build_ext")
         if not self.editable_mode:
             target = Path(self.build_lib) / "paramkit" / "csrc"
             shutil.rmtree(target, ignore_errors=True)
@@ -129,8 +134,9 @@ def _torch_version() -> str:
         return "-none"
 
 
-# The command above finds the sources itself; the list here is what makes the wheel a platform one.
+# The command above finds the sources itself; the list here is what ties the wheel to a Python and a
+# platform. One that is not to have a binary is for all of them.
 setup(
-    ext_modules=[Extension("paramkit._C", sources=[])],
+    ext_modules=[] if MODE == "off" else [Extension("paramkit._C", sources=[])],
     cmdclass={"build_ext": BuildExtension, "build_py": BuildPackage},
 )

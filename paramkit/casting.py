@@ -301,7 +301,8 @@ def _search(dst: torch.dtype, src: Tensor, elements: int) -> Overflow | None:
     for d, (n, stride) in enumerate(zip(src.shape, src.stride())):
         if n > 1 and stride == 0:
             src, times = src.narrow(d, 0, 1), times * n
-    order = sorted(range(src.dim()), key=lambda d: -src.stride(d))
+    strides = src.stride()
+    order = sorted(range(src.dim()), key=lambda d: -strides[d])
     memory = src.permute(order)
     back = sorted(range(len(order)), key=order.__getitem__)
     real = (

@@ -518,7 +518,7 @@ class _Reader:
         if not isinstance(tensor, Lazy):
             tensor = tensor.detach()
             offset = tensor.storage_offset() + begin
-            part = tensor.as_strided(sizes, view.strides, offset)
+            part: Tensor = tensor.as_strided(sizes, view.strides, offset)
             return part.resolve_conj().resolve_neg().reshape(-1)
         size, count = tensor.element_size(), prod(sizes)
         raw = self._memory(side, PIECE)[: count * size]

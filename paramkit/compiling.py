@@ -28,4 +28,4 @@ def between_graphs(function: Callable[_P, _T], name: str) -> Callable[_P, _T]:
         msg=f"paramkit.{name} writes tensors that a graph does not know, so it is not compiled: call it outside "
         "of the compiled function, or use copy_, fill_ and the foreach_ operators, which are"
     )
-    return torch.compiler.disable(function)  # type: ignore[no-any-return]
+    return torch.compiler.disable(function)  # type: ignore[no-any-return, no-untyped-call]

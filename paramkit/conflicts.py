@@ -134,7 +134,7 @@ def _unreal_address(tensor: Tensor, known: dict[int, int]) -> int:
     start = known.setdefault(storage._cdata, free)
     if start == free:
         known[-1] = free + max(storage.nbytes(), 1)
-    return start + tensor.storage_offset() * tensor.element_size()
+    return start + int(tensor.storage_offset()) * tensor.element_size()
 
 
 def _examine(resolved: Resolved, views: _Views, cluster: Sequence[int]) -> list[Conflict]:

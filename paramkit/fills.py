@@ -43,7 +43,7 @@ class Fill:
     seed: int = 0
 
     @staticmethod
-    def read(given: Any) -> Fill:
+    def read(given: object) -> Fill:
         """A fill as it is written in a rule.
 
         Raises:
@@ -250,7 +250,8 @@ def _rows(source: Any, first: int, last: int) -> Tensor:
     if isinstance(source, Tensor):
         return source.detach()[first:last].cpu()
     strides = source.stride()
-    return source.read_view((last - first, *source.shape[1:]), strides, first * strides[0])
+    rows: Tensor = source.read_view((last - first, *source.shape[1:]), strides, first * strides[0])
+    return rows
 
 
 def beside(one: Tensor, dst: Tensor) -> Tensor:

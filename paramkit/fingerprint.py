@@ -19,6 +19,7 @@ from .blocks import boxes, cut, gather
 from .destinations import layout_finding, memory_key
 from .errors import Finding, SourceError, dtype_text
 from .sources import Lazy, StoredFile, open_source
+from .typing import Source
 
 __all__ = ["ALGORITHMS", "fingerprint"]
 
@@ -40,7 +41,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16:
 _SWAPS = sys.byteorder == "big"
 
 
-def fingerprint(model_or_source: object, *, algorithm: str = "sha256") -> dict[str, str]:
+def fingerprint(model_or_source: Source, *, algorithm: str = "sha256") -> dict[str, str]:
     r"""A checksum of each tensor: equal for equal dtype, shape and bits, and in practice only for those.
 
     A digest is the hash of these bytes, one after the other:
@@ -104,7 +105,8 @@ def fingerprint(model_or_source: object, *, algorithm: str = "sha256") -> dict[s
 def _finding(name: str, tensor: Tensor | Lazy) -> Finding | None:
     if isinstance(tensor, Lazy):
         return None
-    if is_traceable_wrapper_subclass(tensor):
+    wrapped: bool = is_traceable_wrapper_subclass(tensor)  # a plain bool: no class is both for mypy
+    if wrapped:
         kind = type(tensor).__name__
         hint = "pass full_tensor()" if hasattr(tensor, "full_tensor") else "pass plain tensors"
         return Finding(name, "layout", f"a {kind}, made of other tensors", "plain values", hint)
@@ -123,7 +125,7 @@ def _key(tensor: Tensor | Lazy) -> object:
 
 
 def _is_cow(tensor: Tensor | Lazy) -> bool:
-    return isinstance(tensor, Tensor) and torch._C._is_cow_tensor(tensor)
+    return isinstance(tensor, Tensor) and bool(torch._C._is_cow_tensor(tensor))  # type: ignore[attr-defined]
 
 
 def _file_of(tensor: Tensor | Lazy) -> StoredFile | None:

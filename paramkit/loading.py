@@ -125,7 +125,7 @@ def _load_recorded(
     """torch's own loading, with the copies done at the end, once it has found nothing wrong."""
     recorder = _Recorder(model)
     with _meta_is_an_error(), recorder:
-        keys = model.load_state_dict(state_dict, strict=strict)
+        keys: _IncompatibleKeys = model.load_state_dict(state_dict, strict=strict)
     if recorder.dsts:
         dsts, srcs = recorder.dsts, recorder.srcs
         shards = any_sharded(dsts)
@@ -150,7 +150,8 @@ def _load_with_rollback(
     with _restored_on_error(model):
         try:
             with _meta_is_an_error():
-                return model.load_state_dict(state_dict, strict=strict)
+                keys: _IncompatibleKeys = model.load_state_dict(state_dict, strict=strict)
+                return keys
         except BaseException:
             with torch.no_grad():
                 for tensor, before in saved:
@@ -168,13 +169,14 @@ def _load_assigned(
 ) -> _IncompatibleKeys:
     """torch's own assignment, undone on an error."""
     with _restored_on_error(model):
-        return model.load_state_dict(state_dict, strict=strict, assign=True)
+        keys: _IncompatibleKeys = model.load_state_dict(state_dict, strict=strict, assign=True)
+        return keys
 
 
 @contextmanager
 def _restored_on_error(model: nn.Module) -> Iterator[None]:
     """On an error every module of the model gets the tensor objects back that it held before."""
-    tables = [t for m in model.modules() for t in (m._parameters, m._buffers)]
+    tables: list[dict[str, Any]] = [t for m in model.modules() for t in (m._parameters, m._buffers)]
     saved = [dict(table) for table in tables]
     try:
         yield

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from . import backend
 from .backend.checks import tensor_list
+from .typing import Number
 
 # NOTE: [Compiling] While torch.compile traces, each operator is torch's own, one call a tensor: the
 # compiler fuses them itself, and needs no graph break. What is no list of the right length is refused
@@ -17,8 +18,10 @@ from .backend.checks import tensor_list
 
 __all__ = ["copy_", "fill_", "foreach_copy_", "foreach_fill_"]
 
+_T = TypeVar("_T", bound=Tensor)
 
-def copy_(dst: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
+
+def copy_(dst: _T, src: Tensor, non_blocking: bool = False) -> _T:
     """Copy the values of ``src`` into ``dst`` and return ``dst``: ``Tensor.copy_``, faster.
 
     Args:
@@ -43,11 +46,13 @@ def copy_(dst: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
             [1., 2.]])
     """
     if torch.compiler.is_compiling():
-        return dst.copy_(src, non_blocking=non_blocking)
-    return backend.active().copy_(dst, src, non_blocking)
+        dst.copy_(src, non_blocking=non_blocking)
+        return dst
+    written: _T = backend.active().copy_(dst, src, non_blocking)
+    return written
 
 
-def fill_(dst: Tensor, value: float | bool | complex | Tensor) -> Tensor:
+def fill_(dst: _T, value: Number | Tensor) -> _T:
     """Set every element of ``dst`` to ``value`` and return ``dst``: ``Tensor.fill_``, faster.
 
     Args:
@@ -70,8 +75,10 @@ def fill_(dst: Tensor, value: float | bool | complex | Tensor) -> Tensor:
             [0.0000, 0.5000, 0.0000]])
     """
     if torch.compiler.is_compiling():
-        return dst.fill_(value)
-    return backend.active().fill_(dst, value)
+        dst.fill_(value)  # type: ignore[arg-type]
+        return dst
+    written: _T = backend.active().fill_(dst, value)
+    return written
 
 
 def foreach_copy_(
@@ -103,11 +110,13 @@ def foreach_copy_(
         _check_lists("foreach_copy_", dsts, srcs, "srcs")
         for dst, src in zip(dsts, srcs):
             dst.copy_(src, non_blocking=non_blocking)
-        return None
-    return backend.active().foreach_copy_(dsts, srcs, non_blocking)
+        return
+    backend.active().foreach_copy_(dsts, srcs, non_blocking)
 
 
-def foreach_fill_(dsts: Sequence[Tensor], values: Any) -> None:
+def foreach_fill_(
+    dsts: Sequence[Tensor], values: Number | Tensor | Sequence[Number | Tensor]
+) -> None:
     """Fill each ``dsts[i]`` with one number, or with ``values[i]``.
 
     Args:
@@ -131,11 +140,11 @@ def foreach_fill_(dsts: Sequence[Tensor], values: Any) -> None:
         _check_lists("foreach_fill_", dsts, each, "values")
         for dst, value in zip(dsts, each):
             dst.fill_(value)
-        return None
-    return backend.active().foreach_fill_(dsts, values)
+        return
+    backend.active().foreach_fill_(dsts, values)
 
 
-def _check_lists(op: str, dsts: Any, others: Any, name: str) -> None:
+def _check_lists(op: str, dsts: Sequence[object], others: Sequence[object], name: str) -> None:
     """Two lists of one length, or what the backends raise."""
     tensor_list(op, "dsts", dsts)
     tensor_list(op, name, others)

@@ -657,7 +657,7 @@ class _Inference(_Compiler):
                 if pin.stop is not None:
                     end = pin.stop.value(self.sizes)
                 elif start is not None and other in self.sizes:
-                    end = start + self.sizes[other]  # type: ignore[index]
+                    end = start + self.sizes[other]
             elif pin.start is not None:
                 index = pin.start.value(self.sizes)
                 end = None if index is None else index + 1

@@ -7,7 +7,6 @@ backend, which keeps them as ready tasks, and remembers what has to be true for 
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections import OrderedDict
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -49,10 +48,19 @@ from .sources import open_source
 from .sources.lazy import Lazy
 from .stream import STAGING_BYTES, Streamed
 from .swap import Exchange
+from .typing import (
+    Casting,
+    Hooks,
+    Model,
+    NewSource,
+    Overflow,
+    Progress,
+    Rules,
+    Source,
+    Values,
+)
 
 __all__ = ["ModelPlan", "Options", "Plan", "plan"]
-
-Progress = Callable[[int, int], object]
 
 
 @dataclass(frozen=True)
@@ -108,17 +116,34 @@ class Options:
         return {name: getattr(self, name) for name in (*names, "device")}
 
 
+@overload
 def plan(
-    model: nn.Module | Mapping[str, Tensor] | Sequence[Tensor],
-    source: Any,
-    rules: Iterable[Rule] | str | os.PathLike[str] = (),
+    model: Model,
+    source: Source,
+    rules: Rules = (),
     *,
     identity: bool = True,
     allow_missing: Iterable[str] = (),
     allow_unexpected: Iterable[str] = (),
-    casting: str = "same_kind",
-    overflow: str = "ignore",
-    hooks: str = "refuse",
+    casting: Casting = "same_kind",
+    overflow: Overflow = "ignore",
+    hooks: Hooks = "refuse",
+    mmap: bool = False,
+    staging: int | None = None,
+) -> Plan: ...
+@overload
+def plan(model: Sequence[Tensor], source: Values) -> Plan: ...
+def plan(
+    model: Model | Sequence[Tensor],
+    source: Any,
+    rules: Rules = (),
+    *,
+    identity: bool = True,
+    allow_missing: Iterable[str] = (),
+    allow_unexpected: Iterable[str] = (),
+    casting: Casting = "same_kind",
+    overflow: Overflow = "ignore",
+    hooks: Hooks = "refuse",
     mmap: bool = False,
     staging: int | None = None,
 ) -> Plan:
@@ -313,7 +338,11 @@ class Plan:
     # --- public ---
 
     def apply(
-        self, source: Any = None, *, atomic: bool = False, progress: Progress | None = None
+        self,
+        source: NewSource | None = None,
+        *,
+        atomic: bool = False,
+        progress: Progress | None = None,
     ) -> Report:
         """Write.
 
@@ -449,7 +478,7 @@ class Plan:
         families = self._ready().families()
         return explain(self._explainable(), dict(enumerate(families)))
 
-    def verify(self, source: Any = None) -> list[str]:
+    def verify(self, source: NewSource | None = None) -> list[str]:
         """The names of destinations whose bits are not what `apply()` writes; empty when all are.
 
         After a cast, any NaN counts as equal to any NaN. Nothing is written.
@@ -481,7 +510,7 @@ class Plan:
         return list(dict.fromkeys(self._write_dst[i] for i in differ))
 
     @contextmanager
-    def swapped(self, source: Any = None) -> Iterator[Report]:
+    def swapped(self, source: NewSource | None = None) -> Iterator[Report]:
         """Put a source in for the length of a block, and every bit back at its end, whatever happens in it.
 
         For evaluating averaged weights, or an adapter. Where sources and destinations match one to one,
@@ -545,7 +574,7 @@ class Plan:
                     stale.findings,
                 )
 
-    def refresh(self, source: Any = None) -> None:
+    def refresh(self, source: NewSource | None = None) -> None:
         """Resolve the names again: after a parameter was replaced, moved or resized, or `release()`.
 
         Args:
@@ -804,7 +833,9 @@ class ModelPlan(Plan):
         """Memory for the destinations on the meta device, once each, not initialised."""
         device = self._options.device
         chosen = [resolved.destinations[k] for k in sorted({w.dst for w in resolved.writes})]
-        chosen = [d for d in chosen if d.tensor.is_meta] if device is not None else []
+        if device is None:
+            return []
+        chosen = [d for d in chosen if d.tensor.is_meta]
         for d in chosen:
             d.tensor = allocated(d.tensor, device)
         return chosen

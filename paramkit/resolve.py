@@ -31,6 +31,7 @@ from .sharding import is_sharded, spread_of
 from .sources import open_source
 from .stacking import axis_size, bound_pins, unknown_size
 from .templates import Bindings, NameFilter, Template, TemplateIndex, one_sided
+from .typing import Source
 
 __all__ = ["Resolved", "Resolver", "Tie", "Write", "resolve"]
 
@@ -112,7 +113,7 @@ class Resolved:
 
 def resolve(
     model: nn.Module | Mapping[str, Tensor],
-    source: object,
+    source: Source,
     rules: Iterable[Rule] = (),
     *,
     identity: bool = True,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from .fills import Fill
 from .patterns import parse, parse_at, reversed_text
 from .templates import Template, one_sided
+from .typing import Filling
 
 __all__ = ["Rule", "invert", "rule_list"]
 
@@ -69,7 +70,7 @@ class Rule:
     dst: str | None
     pattern: str | None
     at: tuple[tuple[str, int | str], ...]
-    rows: str | None
+    rows: Literal["overlap"] | None
     fill: Fill | None
     axis_sizes: tuple[tuple[str, int], ...]
 
@@ -80,8 +81,8 @@ class Rule:
         pattern: str | None = None,
         *,
         at: Mapping[str, int | str | slice] | None = None,
-        rows: str | None = None,
-        fill: Any = None,
+        rows: Literal["overlap"] | None = None,
+        fill: Filling | None = None,
         **axis_sizes: int,
     ) -> None:
         for label, value in (("src", src), ("dst", dst)):

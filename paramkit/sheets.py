@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from math import gcd, prod
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -244,7 +244,7 @@ def sheets(items: Sequence[Placed], place_bytes: int) -> Iterator[Sheet]:
 
 
 # A view in granules: its first place, then (size, stride) of its loops, the innermost with stride 1.
-_Part = tuple  # [int, tuple[int, int], ...]
+_Part = tuple[Any, ...]  # int, tuple[int, int], ..
 _Box = tuple[tuple[int, int], ...]  # [begin, end) of each digit, the least significant first
 
 
@@ -280,7 +280,7 @@ class _Grid:
     def count(self, mask: NDArray[np.bool_]) -> int:
         total = mask.astype(np.int64)
         for cuts in reversed(self._edges):
-            total = total @ np.diff(np.array(cuts, np.int64))
+            total = total @ np.diff(np.array(cuts, np.int64)).astype(np.int64)
         return int(total) * self._granule
 
     def lowest(self, mask: NDArray[np.bool_]) -> int | None:

@@ -102,15 +102,17 @@ def mark(model: object, state: Torn) -> None:
 
 def clear(model: object, written: Sequence[str]) -> None:
     """Say that tensors of a model were written; once all of a torn state are, the model is whole again."""
-    state = _torn.get(model) if isinstance(model, nn.Module) else None
+    if not isinstance(model, nn.Module):
+        return
+    state = _torn.get(model)
     if state is None:
         return
     now = set(written)
     left = [tuple(n for n in names if n not in now) for names in (state.written, state.unwritten)]
     if any(left):
-        _torn[model] = Torn(left[0], left[1], state.reason)  # type: ignore[index]
+        _torn[model] = Torn(left[0], left[1], state.reason)
     else:
-        del _torn[model]  # type: ignore[arg-type]
+        del _torn[model]
 
 
 def reason_of(error: BaseException) -> str:

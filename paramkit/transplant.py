@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,24 +11,24 @@ from torch import Tensor, nn
 from .compiling import between_graphs
 from .iterate import is_stream, transplant_stream
 from .journal import shielded
-from .plan import ModelPlan, Options, Progress
+from .plan import ModelPlan, Options
 from .report import Report
-from .rules import Rule
+from .typing import Casting, Hooks, Model, Overflow, Progress, Rules, Source, Stream
 
 __all__ = ["transplant"]
 
 
 def transplant(
-    model: nn.Module | Mapping[str, Tensor],
-    source: Any,
-    rules: Iterable[Rule] | str | os.PathLike[str] = (),
+    model: Model,
+    source: Source | Stream,
+    rules: Rules = (),
     *,
     identity: bool = True,
     allow_missing: Iterable[str] = (),
     allow_unexpected: Iterable[str] = (),
-    casting: str = "same_kind",
-    overflow: str = "ignore",
-    hooks: str = "refuse",
+    casting: Casting = "same_kind",
+    overflow: Overflow = "ignore",
+    hooks: Hooks = "refuse",
     atomic: bool = False,
     device: torch.device | str | None = None,
     mmap: bool = False,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +32,12 @@ from .plan import Plan
 from .resolve import Resolved, Write, plan_error
 from .sharding import is_sharded, spread_of
 from .sources.spread import Spread
+from .typing import Index, Model, Number, Overlap
 
 __all__ = ["Handle", "Writes", "writes"]
 
 
-def writes(model: nn.Module | Mapping[str, Tensor], *, overlap: str = "error") -> Writes:
+def writes(model: Model, *, overlap: Overlap = "error") -> Writes:
     """Record slice assignments to a model's tensors; write them all on leaving the `with` block.
 
     `w[name][index] = value` and `w[parameter][index] = value` mean what `tensor[index] = value` means
@@ -93,7 +94,7 @@ class _Recorded:
 class Writes:
     """The recorder that `paramkit.writes` returns."""
 
-    def __init__(self, model: nn.Module | Mapping[str, Tensor], overlap: str) -> None:
+    def __init__(self, model: Model, overlap: Overlap) -> None:
         if overlap not in ("error", "last"):
             raise ValueError(f'writes: overlap must be "error" or "last", got {overlap!r}')
         self._model = model
@@ -189,10 +190,12 @@ class Writes:
     def __getitem__(self, key: str | Tensor) -> Handle:
         return _Handle(self, self._find(key))
 
-    def __setitem__(self, key: object, value: object) -> None:
-        raise TypeError(
-            "writes: assign to a slice of the handle: w[name][...] = value, not w[name] = value"
-        )
+    if not TYPE_CHECKING:  # so that a type checker refuses it too
+
+        def __setitem__(self, key: object, value: object) -> None:
+            raise TypeError(
+                "writes: assign to a slice of the handle: w[name][...] = value, not w[name] = value"
+            )
 
     # --- recording ---
 
@@ -259,7 +262,7 @@ class Writes:
             try:
                 # torch's own conversion of a number in a slice assignment, and its own error.
                 one = torch.empty((), dtype=dtype)
-                one[...] = value
+                one[...] = value  # type: ignore[assignment]
             except (RuntimeError, ValueError, NotImplementedError) as error:
                 raise type(error)(f"writes: {text} = {value!r} of {dtype}: {error}") from None
             one = self._numbers[key] = beside(one, self._names[name])
@@ -277,11 +280,13 @@ class Handle(metaclass=ABCMeta):  # noqa: B024  the compiled recorder's handle i
 
     __slots__ = ()
 
-    def __setitem__(self, index: Any, value: Any) -> None:
+    def __setitem__(self, index: Index, value: Tensor | Number) -> None:
         raise NotImplementedError
 
-    def __getitem__(self, index: Any) -> Any:
-        raise NotImplementedError
+    if not TYPE_CHECKING:  # so that a type checker refuses to read one, and `+=`
+
+        def __getitem__(self, index: Index) -> Any:
+            raise NotImplementedError
 
 
 class _Handle(Handle):
@@ -291,7 +296,7 @@ class _Handle(Handle):
         self._writes = owner
         self._name = name
 
-    def __setitem__(self, index: Any, value: Any) -> None:
+    def __setitem__(self, index: Index, value: Tensor | Number) -> None:
         self._writes._assign(self._name, index, value)
 
     def __getitem__(self, index: Any) -> Any:
@@ -311,7 +316,7 @@ class _WritesPlan(Plan):
         self,
         model: Any,
         recorded: list[_Recorded],
-        overlap: str,
+        overlap: Overlap,
         planned: Mapping[str, Tensor] | None = None,
     ) -> None:
         """`planned`: the tensors that were written already; others of these names are refused."""
@@ -404,7 +409,7 @@ def _resolve_recorded(destinations: list[Destination], recorded: tuple[_Recorded
             )
             continue
         source = value.expand(view.shape)
-        offset = view.storage_offset() - whole.storage_offset()
+        offset = int(view.storage_offset() - whole.storage_offset())
         resolved.writes.append(
             Write(
                 index[r.name],

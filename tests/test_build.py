@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -117,33 +114,6 @@ def test_an_unknown_mode_names_the_choices(project: Project) -> None:
     status, output = project.install(PARAMKIT_BUILD="bogus")
     assert status != 0
     assert "PARAMKIT_BUILD: got 'bogus', expected one of auto, require, off" in output
-
-
-def test_a_wheel_ships_the_sources(project: Project, tmp_path: Path) -> None:
-    (project.package / "_build_error.txt").write_text("of the checkout, not of the wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
-    done = subprocess.run(
-        [*command, "--disable-pip-version-check", "-w", str(tmp_path / "out"), "."],
-        cwd=project.root,
-        env=project.environ(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = (tmp_path / "out").glob("*.whl")
-    site = tmp_path / "site"
-    zipfile.ZipFile(wheel).extractall(site)
-    names = {path.name for path in (site / "paramkit").iterdir()}
-    assert {"_C.json", "csrc", "py.typed"} <= names
-    assert "_build_error.txt" not in names
-    # Used from the wheel, and built again from it: the same sources, so the same name in the cache.
-    code = f"import os; os.chdir('/'); {USED}; print(paramkit.status().binary)"
-    code += "; print(paramkit.backend.build(verbose=False))"
-    module, library, built = project.python(code, PYTHONPATH=str(site)).splitlines()
-    assert (module, Path(library).parent) == ("paramkit._C", site / "paramkit")
-    record = json.loads((site / "paramkit" / "_C.json").read_text())
-    assert Path(built).parent.name == record["source_hash"]
 
 
 # --- paramkit build -----------------------------------------------------------------------------

@@ -210,7 +210,7 @@ def _compile_here(out: str, temp: str) -> None:
     # the plain -I of the same folders that torch's build tool adds.
     headers = [*include_paths(), sysconfig.get_path("include")]
     quiet = [f"-isystem{path}" for path in headers]
-    extension = CppExtension(
+    extension = CppExtension(  # type: ignore[no-untyped-call]
         "_C",
         [str(path) for path in sources.cpp_sources(csrc)],
         include_dirs=[str(csrc)],

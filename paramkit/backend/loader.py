@@ -372,7 +372,8 @@ def _search() -> Extension:
     declined = record is not None and record.get("result") == "off"
     stale = False
     if declined:
-        problems.append(("PARAMKIT_BUILD=off was set when paramkit was installed", None))
+        when = "when paramkit was installed, or its wheel was built"
+        problems.append((f"PARAMKIT_BUILD=off was set {when}", None))
     else:
         problem = _mismatch(record, package / sources.BINARY_NAME, version)
         if problem:

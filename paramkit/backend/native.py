@@ -153,11 +153,10 @@ class Plan:
 
     def rebind(self, tensors: dict[str, Tensor], names: list[str]) -> bool:
         """Take new sources by name. True, and nothing taken, if one is missing or has another layout."""
-        new = [tensors.get(name) for name in names]
-        if any(
-            not isinstance(t, Tensor)
-            or _layout(t) != was[1]
-            or (t.layout is torch.strided and has_no_memory(t))
+        given = (tensors.get(name) for name in names)
+        new = [t for t in given if isinstance(t, Tensor)]
+        if len(new) < len(names) or any(
+            _layout(t) != was[1] or (t.layout is torch.strided and has_no_memory(t))
             for t, was in zip(new, self._seen_srcs)
         ):
             return True
@@ -292,7 +291,7 @@ def _blocks(dst: Tensor, src: Tensor, elements: int = 1 << 17) -> Iterator[tuple
         return
     axis = max(range(dst.dim()), key=lambda k: dst.shape[k])
     step = max(1, elements * dst.shape[axis] // dst.numel())
-    for d, s in zip(dst.split(step, axis), src.split(step, axis)):
+    for d, s in zip(torch.split(dst, step, axis), torch.split(src, step, axis)):
         yield from _blocks(d, s, max(elements, d.numel()))
 
 
@@ -308,7 +307,7 @@ def _counts(tensors: list[Tensor]) -> list[tuple[int, ...]]:
     return [
         (
             sys.getrefcount(tensors[i]),
-            tensors[i]._use_count(),
+            tensors[i]._use_count(),  # type: ignore[attr-defined]
             torch._C._storage_Use_Count(tensors[i].untyped_storage()._cdata)
             if tensors[i].layout is torch.strided
             else 0,
@@ -354,7 +353,7 @@ def same_bits(dst: Tensor, src: Tensor, block: int = 1 << 22) -> bool:
         step = max(1, block * dst.shape[axis] // dst.numel())
         return all(
             same_bits(d, s, dst.numel())
-            for d, s in zip(dst.split(step, axis), src.split(step, axis))
+            for d, s in zip(torch.split(dst, step, axis), torch.split(src, step, axis))
         )
     want = torch.empty(dst.shape, dtype=dst.dtype, device=dst.device)
     want.copy_(src)

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except OSError as error:  # `| head`, a full disk
         # What is left in the buffer would raise again when the interpreter exits.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         if not isinstance(error, BrokenPipeError):
             fail(f"error: {error}")
         return int(options.trouble)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 
 from ..errors import PlanError
 from ..plan import Options
-from ..rules import Rule
 from ..torn import Torn
+from ..typing import Casting, Checksum, Hooks, Model, Overflow, Rules
 from .buckets import Bucket
 from .passing import Abandoned, pass_over
 from .summary import explained
@@ -106,19 +105,19 @@ class Sync:
 
     def __init__(
         self,
-        model: nn.Module | Mapping[str, Tensor] | None = None,
+        model: Model | None = None,
         group: dist.ProcessGroup | None = None,
         *,
-        source: nn.Module | Mapping[str, Tensor] | None = None,
-        rules: Iterable[Rule] | str | os.PathLike[str] = (),
+        source: Model | None = None,
+        rules: Rules = (),
         bucket_bytes: int = 64 << 20,
-        checksum: str | None = None,
+        checksum: Checksum | None = None,
         identity: bool = True,
         allow_missing: Iterable[str] = (),
         allow_unexpected: Iterable[str] = (),
-        casting: str = "same_kind",
-        overflow: str = "ignore",
-        hooks: str = "refuse",
+        casting: Casting = "same_kind",
+        overflow: Overflow = "ignore",
+        hooks: Hooks = "refuse",
         stream: bool = False,
     ) -> None:
         talk = Talk(group)

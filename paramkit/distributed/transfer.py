@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from time import perf_counter
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import Finding, PlanError
 from ..plan import ModelPlan, Options
 from ..report import Report, Summary
-from ..rules import Rule
+from ..typing import Casting, Hooks, Model, Overflow, Progress, Rules, Source
 from .agree import compare, first_difference
 from .errors import SyncError
 from .layout import Tensors, describe_model
@@ -24,25 +24,23 @@ from .work import Want, Work
 
 __all__ = ["Transfer", "pass_over", "plan", "transplant"]
 
-Progress = Callable[[int, int], object]
-Model: TypeAlias = "nn.Module | Mapping[str, Tensor]"
 # Of each rank, for the buffers that messages go through.
 STAGING = 256 << 20
 
 
 def plan(
     model: Model | None,
-    source: Any,
-    rules: Iterable[Rule] | str | os.PathLike[str] = (),
+    source: Source | None,
+    rules: Rules = (),
     *,
     group: dist.ProcessGroup | None = None,
     src: int | None = None,
     identity: bool = True,
     allow_missing: Iterable[str] = (),
     allow_unexpected: Iterable[str] = (),
-    casting: str = "same_kind",
-    overflow: str = "ignore",
-    hooks: str = "refuse",
+    casting: Casting = "same_kind",
+    overflow: Overflow = "ignore",
+    hooks: Hooks = "refuse",
     mmap: bool = False,
     staging: int | None = None,
 ) -> Transfer:
@@ -111,18 +109,26 @@ def plan(
 
 def transplant(
     model: Model | None,
-    source: Any,
-    rules: Iterable[Rule] | str | os.PathLike[str] = (),
+    source: Source | None,
+    rules: Rules = (),
     *,
     group: dist.ProcessGroup | None = None,
     src: int | None = None,
+    identity: bool = True,
+    allow_missing: Iterable[str] = (),
+    allow_unexpected: Iterable[str] = (),
+    casting: Casting = "same_kind",
+    overflow: Overflow = "ignore",
+    hooks: Hooks = "refuse",
+    mmap: bool = False,
+    staging: int | None = None,
     progress: Progress | None = None,
-    **options: Any,
 ) -> Report:
     """`plan(...).apply()`: fill the models of a group's ranks from what its ranks hold. Collective.
 
     Args:
-        model, source, rules, group, src, options: as for `paramkit.distributed.plan`.
+        model, source, rules, group, src: as for `paramkit.distributed.plan`.
+        identity, allow_missing, allow_unexpected, casting, overflow, hooks, mmap, staging: the same.
         progress: as for `Transfer.apply`.
 
     Returns:
@@ -141,7 +147,22 @@ def transplant(
         4
         >>> torch.distributed.destroy_process_group()
     """
-    return plan(model, source, rules, group=group, src=src, **options).apply(progress=progress)
+    made = plan(
+        model,
+        source,
+        rules,
+        group=group,
+        src=src,
+        identity=identity,
+        allow_missing=allow_missing,
+        allow_unexpected=allow_unexpected,
+        casting=casting,
+        overflow=overflow,
+        hooks=hooks,
+        mmap=mmap,
+        staging=staging,
+    )
+    return made.apply(progress=progress)
 
 
 class Transfer:
@@ -228,7 +249,7 @@ class Transfer:
 
     # -- public --
 
-    def apply(self, source: Any = None, *, progress: Progress | None = None) -> Report:
+    def apply(self, source: Source | None = None, *, progress: Progress | None = None) -> Report:
         """Send and write. Collective.
 
         Args:

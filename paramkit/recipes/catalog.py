@@ -80,7 +80,7 @@ def describe(name: str) -> Recipe:
 def load(
     name: str,
     *,
-    config: Any = None,
+    config: object = None,
     source: str = "",
     target: str = "",
     without: Iterable[str] = (),

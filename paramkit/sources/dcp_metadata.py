@@ -38,7 +38,7 @@ def open_folder(folder: Path) -> tuple[Any, Any]:
     raw = file.bytes(0, file.size)
     file.check()
     try:
-        from torch.distributed.checkpoint import FileSystemReader
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
         from torch.distributed.checkpoint.metadata import Metadata
     except Exception as error:
         raise unreadable(folder, f"{type(error).__name__}: {error}", "", _NEEDS) from error

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from ..typing import Source
     from .lazy import Lazy
 
     Opener = Callable[[Path], dict[str, Tensor | Lazy]]
@@ -35,11 +36,11 @@ _INDEX = ".index.json"
 
 
 @overload
-def open_source(source: object, *, mmap: Literal[True] = True) -> dict[str, Tensor]: ...
+def open_source(source: Source, *, mmap: Literal[True] = True) -> dict[str, Tensor]: ...
 @overload
-def open_source(source: object, *, mmap: bool) -> dict[str, Tensor | Lazy]: ...
+def open_source(source: Source, *, mmap: bool) -> dict[str, Tensor | Lazy]: ...
 def open_source(
-    source: object, *, mmap: bool = True
+    source: Source, *, mmap: bool = True
 ) -> dict[str, Tensor | Lazy] | dict[str, Tensor]:
     """The named tensors of a source.
 
