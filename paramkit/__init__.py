@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import backend, recipes
 from .backend import status
+from .dropin import TorchPatch, patch_torch
 from .errors import Finding, PlanError, RuleFileError, SourceError, UnknownNameError
 from .fingerprint import fingerprint
 from .loading import load_state_dict
@@ -32,6 +33,7 @@ __all__ = [
     "SourceError",
     "Torn",
     "TornError",
+    "TorchPatch",
     "UnknownNameError",
     "backend",
     "copy_",
@@ -43,6 +45,7 @@ __all__ = [
     "load_rules",
     "load_state_dict",
     "open_source",
+    "patch_torch",
     "plan",
     "recipes",
     "save_rules",

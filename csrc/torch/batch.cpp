@@ -320,6 +320,12 @@ void Batch::fill(Place place, const at::Tensor& dst, Number& number) {
     bytes = element(number, c10::typeMetaToScalarType(to.dtype()), numel);
     recorded = records(dst, nullptr);
   });
+  if (recorded || (written && !add_fill(to, home.where, bytes))) return defer_fill(dst, number.value);
+  bumps_.push_back(dst.unsafeGetTensorImpl());
+}
+
+// False if the kernels do not take it.
+bool Batch::add_fill(const at::TensorImpl& to, int where, const char* element) {
   Dim dims[kMaxRank];
   const int rank = static_cast<int>(to.dim());
   const auto width = static_cast<int64_t>(to.itemsize());
@@ -327,9 +333,26 @@ void Batch::fill(Place place, const at::Tensor& dst, Number& number) {
   const auto sizes = to.sizes(), strides = to.strides();
   for (int i = 0; i < rank; ++i) dims[i] = {sizes[i], strides[i] * width, 0};
   // The number is on the host; where there are devices it is taken along with the task.
-  if (recorded || (written && !add_write(home.where, home.where, data(to), bytes, type, type, dims, rank, true)))
-    return defer_fill(dst, number.value);
+  return add_write(where, where, data(to), element, type, type, dims, rank, true);
+}
+
+bool Batch::fill_plain(const at::Tensor& dst, const c10::Scalar& value) {
+  const at::TensorImpl& to = *dst.unsafeGetTensorImpl();
+  const devices::Home home = devices::home(to, true);
+  if (home.where == devices::kNowhere || !writable(home.access) || !has_memory(to) || to.numel() == 0 ||
+      value.isSymbolic() || (autograd_ == Autograd::Follow && on_autograd(to, at::GradMode::is_enabled()))) {
+    return false;
+  }
+  Number number{value};
+  const char* bytes = nullptr;
+  try {
+    bytes = element(number, c10::typeMetaToScalarType(to.dtype()), to.numel());
+  } catch (const std::exception&) {
+    return false;  // torch says it better
+  }
+  if (!add_fill(to, home.where, bytes)) return false;
   bumps_.push_back(dst.unsafeGetTensorImpl());
+  return true;
 }
 
 void Batch::fill(Place place, const at::Tensor& dst, const at::Tensor& value) {

@@ -70,6 +70,9 @@ class Batch {
   void fill(Place place, const at::Tensor& dst, Number& value);
   void fill(Place place, const at::Tensor& dst, const at::Tensor& value);
 
+  // Records a fill if the kernels can do it and nobody else has a say.
+  bool fill_plain(const at::Tensor& dst, const c10::Scalar& value);
+
   // Check what can be known of a write that torch's own copy_ or fill_ will do.
   void check_native(Place place, const at::Tensor& dst, const at::Tensor& src) const;
   void check_native(Place place, const at::Tensor& dst, const c10::Scalar& value) const;
@@ -128,6 +131,11 @@ class Batch {
   // The same for any shapes and strides.
   bool add_strided(const at::TensorImpl& dst, const at::TensorImpl& src, int where, bool grad_mode,
                    Program& program) const;
+  bool add_fill(const at::TensorImpl& dst, int where, const char* element);
+  // Whether a tensor may be written without a version counter's being raised, or has one.
+  bool writable(Access how) const {
+    return how == Access::Plain || (how == Access::Inference && autograd_ == Autograd::Below);
+  }
   // Whether a copy is the kernels' alone, both sides there, as far as can be told without the shapes.
   bool plain(const at::TensorImpl& dst, const at::TensorImpl& src, int where, bool grad_mode) const;
   void check_version(Place place, Access how) const;
@@ -151,7 +159,7 @@ class Batch {
 };
 
 inline bool Batch::plain(const at::TensorImpl& to, const at::TensorImpl& from, int where, bool grad_mode) const {
-  return devices::access_at(to, where) == Access::Plain && devices::access_at(from, where) != Access::Native &&
+  return writable(devices::access_at(to, where)) && devices::access_at(from, where) != Access::Native &&
          has_memory(to) && has_memory(from) &&
          (autograd_ != Autograd::Follow || !(on_autograd(to, grad_mode) || on_autograd(from, grad_mode)));
 }

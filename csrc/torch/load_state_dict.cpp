@@ -166,7 +166,7 @@ void prepare_load_state_dict() {
 }
 
 bool load_state_dict(PyObject* model, PyObject* state_dict) {
-  if (!PyDict_Check(state_dict)) return false;
+  if (!PyDict_Check(state_dict) || !plain_context()) return false;  // a mode wants to see the copies
   const Scratch batch;
   batch->set_autograd(Batch::Autograd::Ignore);
   Loader loader(*batch, state_dict);

@@ -11,6 +11,7 @@
 #include "torch/batch.h"
 #include "torch/devices.h"
 #include "torch/load_state_dict.h"
+#include "torch/patch.h"
 #include "torch/plan.h"
 #include "torch/python_ops.h"
 #include "torch/reading.h"
@@ -131,6 +132,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, py::mod_gil_not_used(false)) {
     return before;
   });
   m.def("read_rows", &read_file_rows);
+  m.def("patch_torch", torch::wrap_pybind_function(&paramkit::patch_torch));
   m.def("torch_version", [] { return std::string(TORCH_VERSION); });
   py::class_<Plan>(m, "Plan")
       .def(py::init(&make_plan))

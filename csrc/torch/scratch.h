@@ -29,8 +29,13 @@ class Scratch {
     return value;
   }
   static Batch& shared() {
-    static thread_local Batch batch;
-    return batch;
+    // Busy for ever once it is gone: what still copies while its thread ends gets a Batch of its own.
+    struct Kept {
+      Batch batch;
+      ~Kept() { busy() = true; }
+    };
+    static thread_local Kept kept;
+    return kept.batch;
   }
 
   std::unique_ptr<Batch> own_;

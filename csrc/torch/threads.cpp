@@ -21,7 +21,8 @@ void parallel(int n, void (*body)(void*, int), void* context) {
 
 }  // namespace
 
-ReleaseGil::ReleaseGil(bool wanted) : state_(wanted && PyGILState_Check() ? PyEval_SaveThread() : nullptr) {}
+ReleaseGil::ReleaseGil(bool wanted)
+    : state_(wanted && !KeepGil::kept() && PyGILState_Check() ? PyEval_SaveThread() : nullptr) {}
 
 ReleaseGil::~ReleaseGil() {
   if (state_ != nullptr) PyEval_RestoreThread(static_cast<PyThreadState*>(state_));

@@ -59,6 +59,23 @@ void bump_versions(size_t n, Impl impl) {
 // thread wants it.
 inline constexpr int64_t kReleaseGil = 1 << 20;
 
+// While there is one on this thread, the GIL is not given up. In a call of torch's that its caller makes
+// with the GIL, under a lock of his perhaps, another thread would take the GIL and wait for that lock.
+class KeepGil {
+ public:
+  KeepGil() : before_(kept()) { kept() = true; }
+  ~KeepGil() { kept() = before_; }
+  KeepGil(const KeepGil&) = delete;
+  KeepGil& operator=(const KeepGil&) = delete;
+  static bool& kept() {
+    static thread_local bool value = false;
+    return value;
+  }
+
+ private:
+  bool before_;
+};
+
 // Gives up the GIL for a while, if it is held and that is wanted.
 class ReleaseGil {
  public:

@@ -82,6 +82,7 @@ _decision: Decision | None = None
 _extension: Extension | None = None
 _warned = False
 _cuda_enabled = True  # as the extension has it
+_patched = False  # whether torch's own functions are to take the kernels
 
 
 def active() -> ModuleType:
@@ -145,6 +146,7 @@ def force(name: str) -> Iterator[ModuleType]:
         if decision.compiled:
             _enable_cuda(decision.module, decision.cuda)
         _active, _decision = decision.module, decision
+        _sync_patch()
     try:
         yield decision.module
     finally:
@@ -153,6 +155,7 @@ def force(name: str) -> Iterator[ModuleType]:
                 decision.module.set_capability(restore)
                 _enable_cuda(decision.module, cuda_before)
             _active, _decision = before
+            _sync_patch()
 
 
 def decide() -> Decision:
@@ -180,6 +183,7 @@ def decide() -> Decision:
             if decision.compiled:
                 _enable_cuda(decision.module, decision.cuda)
             _decision = decision
+            _sync_patch()
         return _decision
 
 
@@ -189,6 +193,34 @@ def reset() -> None:
     with _lock:
         _active = _decision = _extension = None
         _warned = False
+        _sync_patch()
+
+
+def patch(on: bool) -> None:
+    """Whether torch's own functions take the kernels, wherever the route is not `native`.
+
+    Raises:
+        BackendError: as :func:`active`.
+        RuntimeError: another library has kernels of its own for these functions.
+    """
+    global _patched
+    if on:
+        active()
+    with _lock:
+        before, _patched = _patched, on
+        try:
+            _sync_patch()
+        except BaseException:
+            _patched = before
+            raise
+
+
+def _sync_patch() -> None:
+    """Tell the extension; until there is a decision nothing is patched."""
+    module = extension()
+    set_patched = getattr(module, "patch_torch", None)
+    if set_patched is not None:  # what stands in for the extension in tests has none
+        set_patched(_patched and _decision is not None and _decision.compiled)
 
 
 def extension() -> ModuleType | None:

@@ -1,0 +1,149 @@
+// Kernels for operators of torch's own, aten::copy_ and others, behind a flag: see patch.h.
+//
+// copy_ and _foreach_copy_ have no kernel for the CPU in torch, only one for every device; fill_ has one.
+// They come after autograd, views and version counters, functorch and every mode: what reaches them is a
+// write that nobody else has a say in. Whatever the kernels do not take, or gain nothing by, goes to the
+// function that torch would have called, so values, errors and their order are torch's.
+#include "torch/patch.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/_foreach_copy_native.h>
+#include <ATen/ops/copy.h>
+#include <ATen/ops/copy_native.h>
+#include <ATen/ops/fill_native.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/Exception.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <exception>
+#include <mutex>
+
+#include "torch/scratch.h"
+#include "torch/tensors.h"
+#include "torch/threads.h"
+
+namespace paramkit {
+
+namespace {
+
+using at::Scalar;
+using at::Tensor;
+using at::TensorList;
+
+std::atomic<bool> patched{false};
+
+// Smaller writes stay with torch: finding out that the kernels take them costs what they would gain. Also
+// what ends the recursion where the library itself asks torch to write an element.
+constexpr size_t kLeastBytes = 512;
+
+bool worthwhile(const Tensor& dst) {
+  return patched.load(std::memory_order_relaxed) && dst.defined() && dst.has_storage() && dst.nbytes() >= kLeastBytes;
+}
+
+at::TensorImpl* impl_of(const Tensor& tensor) { return tensor.defined() ? tensor.unsafeGetTensorImpl() : nullptr; }
+
+// Of _foreach_copy_: its layer of autograd leaves the version counters, and what it did not want to see, to
+// the copy_ of every pair, which is what this stands for.
+Batch::Autograd layer() {
+  if (c10::impl::tls_is_dispatch_key_excluded(c10::DispatchKey::ADInplaceOrView)) return Batch::Autograd::Below;
+  const bool below_autograd = c10::impl::tls_is_dispatch_key_excluded(c10::DispatchKey::AutogradCPU);
+  return below_autograd ? Batch::Autograd::Ignore : Batch::Autograd::Follow;
+}
+
+// The first of the copies that the kernels can do, done. The GIL is kept: whoever calls torch with it
+// does not expect to lose it.
+size_t copy_first(TensorList dsts, TensorList srcs, Batch::Autograd autograd) {
+  const KeepGil kept;
+  const Scratch batch;
+  batch->set_autograd(autograd);
+  const size_t n = dsts.size();
+  const size_t done = batch->copy_plain(
+      n, pieces_of(n), [&](size_t i) { return impl_of(dsts[i]); },
+      [&](size_t i) { return static_cast<const at::TensorImpl*>(impl_of(srcs[i])); });
+  if (done > 0) batch->run(false);
+  return done;
+}
+
+// The kernels take a pair of dtypes once torch is known to convert it. False if it is known already, or is
+// not for the kernels.
+bool learn_conversion(const Tensor& dst, const Tensor& src) {
+  if (!src.defined() || conversion_known(dst.scalar_type(), src.scalar_type())) return false;
+  Type to{}, from{};
+  if (!kernel_types(dst.scalar_type(), src.scalar_type(), to, from)) return false;
+  try {
+    check_conversion(dst.scalar_type(), src.scalar_type());
+  } catch (const std::exception&) {
+    return false;
+  }
+  return true;
+}
+
+bool copied(const Tensor& dst, const Tensor& src) {
+  const auto copy = [&] { return copy_first(dst, src, Batch::Autograd::Below) == 1; };
+  return worthwhile(dst) && (copy() || (learn_conversion(dst, src) && copy()));
+}
+
+Tensor& copy_(Tensor& dst, const Tensor& src, bool non_blocking) {
+  if (copied(dst, src)) return dst;
+  return at::native::copy_(dst, src, non_blocking);
+}
+
+Tensor& fill_(Tensor& dst, const Scalar& value) {
+  if (worthwhile(dst)) {
+    const KeepGil kept;
+    const Scratch batch;
+    batch->set_autograd(Batch::Autograd::Below);
+    if (batch->fill_plain(dst, value)) {
+      batch->run(false);
+      return dst;
+    }
+  }
+  return at::native::fill_(dst, value);
+}
+
+void foreach_copy_(TensorList dsts, TensorList srcs, bool non_blocking) {
+  if (!patched.load(std::memory_order_relaxed) || dsts.empty() || dsts.size() != srcs.size()) {
+    return at::native::foreach_tensor_copy_list_kernel_slow_(dsts, srcs, non_blocking);
+  }
+  // As torch's loop: in order, and what comes before an error is written.
+  const Batch::Autograd autograd = layer();
+  for (size_t i = 0; i < dsts.size(); ++i) {
+    i += copy_first(dsts.slice(i), srcs.slice(i), autograd);
+    if (i == dsts.size()) return;
+    if (dsts[i].defined() && learn_conversion(dsts[i], srcs[i])) {
+      i += copy_first(dsts.slice(i), srcs.slice(i), autograd);
+    }
+    if (i < dsts.size()) dsts[i].copy_(srcs[i], non_blocking);
+  }
+}
+
+// torch warns that a kernel replaces another one, which is what was asked for.
+class Silent : public c10::WarningHandler {
+  void process(const c10::Warning&) override {}
+};
+
+void add_kernels() {
+  for (const char* name : {"aten::copy_", "aten::_foreach_copy_"}) {
+    const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
+    TORCH_CHECK(!op.hasKernelForDispatchKey(c10::DispatchKey::CPU), "patch_torch: another library has a CPU kernel of ",
+                "its own for ", name, ", which would be hidden. Remove that one first, or call paramkit.copy_ and ",
+                "paramkit.foreach_copy_ directly");
+  }
+  Silent silent;
+  const c10::WarningUtils::WarningHandlerGuard guard(&silent);
+  static auto* library = new torch::Library(torch::Library::IMPL, "aten", c10::DispatchKey::CPU, __FILE__, __LINE__);
+  library->impl("copy_", TORCH_FN(copy_));
+  library->impl("fill_.Scalar", TORCH_FN(fill_));
+  library->impl("_foreach_copy_", TORCH_FN(foreach_copy_));
+}
+
+}  // namespace
+
+void patch_torch(bool on) {
+  static std::once_flag once;  // not set by a call that throws
+  if (on) std::call_once(once, add_kernels);
+  patched = on;
+}
+
+}  // namespace paramkit
