@@ -85,7 +85,7 @@ class TorchPatch:
         return self._active
 
     def remove(self) -> None:
-        """End this patch; a second time does nothing. Other patches go on."""
+        """End this patch; other patches go on. A second time does nothing, and it never raises."""
         global _count
         with _lock:
             if not self._active:
