@@ -26,7 +26,9 @@ struct Vec {
   using Reg = __m256i;
   static Reg load(const char* p) { return _mm256_loadu_si256(reinterpret_cast<const Reg*>(p)); }
   static void store(char* p, Reg r) { _mm256_storeu_si256(reinterpret_cast<Reg*>(p), r); }
-  static void stream(char* p, Reg r) { _mm256_stream_si256(reinterpret_cast<Reg*>(p), r); }
+  static void stream(char* p, Reg r) {
+    PARAMKIT_STREAMS ? _mm256_stream_si256(reinterpret_cast<Reg*>(p), r) : store(p, r);
+  }
   static void fence() { _mm_sfence(); }
   static Reg gather(const char* p, int64_t step) {
     return _mm256_inserti128_si256(_mm256_castsi128_si256(lane(p)), lane(p + step), 1);

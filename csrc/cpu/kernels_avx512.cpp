@@ -31,7 +31,9 @@ struct Vec {
   using Reg = __m512i;
   static Reg load(const char* p) { return _mm512_loadu_si512(p); }
   static void store(char* p, Reg r) { _mm512_storeu_si512(p, r); }
-  static void stream(char* p, Reg r) { _mm512_stream_si512(reinterpret_cast<Reg*>(p), r); }
+  static void stream(char* p, Reg r) {
+    PARAMKIT_STREAMS ? _mm512_stream_si512(reinterpret_cast<Reg*>(p), r) : store(p, r);
+  }
   static void fence() { _mm_sfence(); }
   static Reg gather(const char* p, int64_t step) {
     Reg r = _mm512_castsi128_si512(lane(p));

@@ -12,3 +12,15 @@
 #define PARAMKIT_TARGET_BEGIN(isa) _Pragma("GCC push_options") PARAMKIT_PRAGMA(GCC target(isa))
 #define PARAMKIT_TARGET_END _Pragma("GCC pop_options")
 #endif
+
+// Sanitizers do not see stores past the cache, which are no ordinary ones to the compiler: their builds have none.
+#define PARAMKIT_STREAMS 1
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#undef PARAMKIT_STREAMS
+#define PARAMKIT_STREAMS 0
+#endif
+#elif defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#undef PARAMKIT_STREAMS
+#define PARAMKIT_STREAMS 0
+#endif

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from paramkit.backend import sources
 from tests.sanitize.settings import Sanitizer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -35,8 +36,12 @@ CANARIES = (
     Canary("inside", "address", ""),
     Canary("leak", "address", "canary_leak"),
     *(
-        Canary(f"kernel:{name}", "address", "heap-buffer-overflow", "canary_kernel.cpp")
+        Canary(f"kernel:{name}", "address", " in canary_kernel ", "canary_kernel.cpp")
         for name in ("scalar", "avx2", "avx512")
+    ),
+    *(
+        Canary(f"kernel:{name}:streaming", "address", "use-after-poison", "canary_kernel.cpp")
+        for name in ("avx2", "avx512")
     ),
     Canary("overflow", "undefined", "signed integer overflow"),
     Canary("race", "thread", "data race"),
@@ -46,11 +51,11 @@ CANARIES = (
 )
 
 
-def check(sanitizer: Sanitizer, library: Path, logs: Path, sources: Iterable[str]) -> list[str]:
+def check(sanitizer: Sanitizer, library: Path, logs: Path, built: Iterable[str]) -> list[str]:
     """Let loose every canary of a sanitizer at once; what is wrong with the outcomes."""
     started = []
     for canary in CANARIES:
-        if canary.sanitizer != sanitizer.name or canary.needs not in sources:
+        if canary.sanitizer != sanitizer.name or canary.needs not in built:
             continue
         log = logs / f"canary-{canary.name.replace(':', '-')}"
         for old in logs.glob(f"{log.name}.*"):
@@ -88,7 +93,7 @@ def check(sanitizer: Sanitizer, library: Path, logs: Path, sources: Iterable[str
 def commit(name: str, path: str) -> None:
     """Make the mistake, in this process."""
     kind, _, which = name.partition(":")
-    if kind in ("overrun", "inside", "kernel"):
+    if kind in ("overrun", "inside") or Path(path).name == sources.BINARY_NAME:
         import torch  # first: the extension is linked against it
     library = ctypes.CDLL(path)
     if kind == "overrun":
@@ -120,7 +125,6 @@ def commit(name: str, path: str) -> None:
     elif kind == "leak":
         from tests.sanitize import leaks
 
-        assert leaks.check() == 0
         library.canary_leak(ctypes.c_int64(4321))
         sys.exit(leaks.check())
     else:
@@ -144,18 +148,19 @@ def _inside(library: ctypes.CDLL) -> None:
         sys.exit("the guard bytes did not see it")
 
 
-def _kernel(library: ctypes.CDLL, capability: str) -> None:
-    """A kernel sent one byte past a storage."""
+def _kernel(library: ctypes.CDLL, which: str) -> None:
+    """A kernel sent one byte past a storage, or over a forbidden line in its middle."""
     import torch
 
-    # Of many lengths, since each kernel's last bytes are written in one of several ways.
-    storage, source = (torch.zeros(1000, dtype=torch.uint8) for _ in range(2))
+    capability, _, streaming = which.partition(":")
+    size = 1 << 18
+    storage, source = (torch.zeros(n, dtype=torch.uint8) for n in (size, size + 64))
     there = library.canary_kernel(
         capability.encode(),
         ctypes.c_void_p(storage.data_ptr()),
         ctypes.c_void_p(source.data_ptr()),
-        ctypes.c_int64(1000),
-        ctypes.c_int32(0),
+        ctypes.c_int64(size),
+        ctypes.c_int32(bool(streaming)),
     )
     if not there:
         print(f"left out: this machine has no {capability}")
