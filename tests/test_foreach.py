@@ -56,6 +56,23 @@ def test_mixed_lists(seed: int) -> None:
         assert_same_storage(ours, theirs, f"seed {seed}, pair {index}")
 
 
+@pytest.mark.parametrize("value", [torch.tensor(3.0), torch.tensor(3)], ids=["same", "cast"])
+def test_a_refused_fill_writes_nothing(value: Tensor) -> None:
+    """torch fills an expanded tensor with a number, but not with a tensor: known before the first write."""
+    expanded = torch.zeros(1).expand(4)
+    assert outcome(lambda: expanded.fill_(value)) is RuntimeError
+    first = torch.zeros(8)
+    watched = watch(first, expanded)
+    with pytest.raises(RuntimeError, match=r"dsts\[1\]"):
+        paramkit.foreach_fill_([first[2:5], expanded], [1.0, value])
+    watched.assert_unwritten()
+    paramkit.foreach_fill_([first[2:5], expanded], [1.0, 2.0])
+    assert first.sum() == 3 and expanded.tolist() == [2.0] * 4
+    empty = torch.zeros(1).expand(4)[:0].expand(0)
+    paramkit.foreach_fill_([empty, first], [value, value])
+    assert first.tolist() == [3.0] * 8
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_mixed_fills(seed: int) -> None:
     """Numbers and 0-d tensors side by side, any dtype and strides."""

@@ -364,6 +364,12 @@ void Batch::fill(Place place, const at::Tensor& dst, const at::Tensor& value) {
       to.where != devices::kNowhere && to.where == from.where && at::has_internal_overlap(dst) != at::MemOverlap::Yes;
   if (plain && !same_memory && value.dim() == 0) return copy(place, dst, value);
   check_native_fill(place, dst, value);
+  // On one device torch's fill_ with a tensor is copy_, which refuses what is expanded; with a number it does not.
+  TORCH_CHECK(to.where == devices::kNowhere || dst.device() != value.device() || dst.numel() == 0 ||
+                  at::has_internal_overlap(dst) != at::MemOverlap::Yes,
+              place.op, ": unsupported operation: more than one element of ", dst_name(place),
+              " refers to a single memory location (shape ", dst.sizes(), ", stride ", dst.strides(),
+              "). Please clone() the tensor before performing the operation.");
   if (to.where != devices::kNowhere) check_memory(place, dst_name, *dst.unsafeGetTensorImpl());
   if (from.where != devices::kNowhere) check_memory(place, value_name, *value.unsafeGetTensorImpl());
   // As torch does: a number of the host's is taken along, where autograd has nothing to record.

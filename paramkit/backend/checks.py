@@ -211,6 +211,13 @@ def check_fill(op: str, index: int | None, dst: Any, value: Any) -> None:
     if not isinstance(value, Tensor):
         _check_number(name, v, d, value, dst)
     else:
+        # On one device torch's fill_ with a tensor is copy_, which refuses what is expanded.
+        if dst.device == value.device and dst.numel() and has_zero_stride(dst):
+            raise RuntimeError(
+                f"{name}: unsupported operation: more than one element of {d} refers to a single memory "
+                f"location (shape {tuple(dst.shape)}, stride {dst.stride()}). Please clone() the tensor "
+                "before performing the operation."
+            )
         error = conversion_error(dst.dtype, value.dtype)
         if error is not None:
             raise type(error)(
