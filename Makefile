@@ -48,10 +48,11 @@ sanitize: $(STAMPS)/test ## ASan, UBSan, TSan over the suite; SANITIZERS=address
 	$(say) 'sanitizers: canaries first, then the suite'
 	@$(PY) -m tests.sanitize --sanitizers '$(or $(SANITIZERS),address undefined thread)' --tests '$(TESTS)' -- $(ARGS)
 
+LISTS ?= 2000000
 SEED ?= 0
-fuzz: $(STAMPS)/test $(STAMPS)/extension ## the C++ core with sanitizers, against plain loops; SEED=
+fuzz: $(STAMPS)/test $(STAMPS)/extension ## millions of random lists against torch, then the C++ core; LISTS=, SEED=
 	$(say) 'fuzz'
-	@nice -n 10 $(PY) -m tests.fuzz --seed $(SEED) $(ARGS)
+	@nice -n 10 $(PY) -W ignore -m tests.fuzz --lists $(LISTS) --seed $(SEED) $(ARGS)
 
 bench: $(STAMPS)/bench $(STAMPS)/extension ## beside torch, numpy and plain C; ARGS=--quick is short
 	$(say) 'benchmarks'
