@@ -1,5 +1,9 @@
 #include "cpu/capability.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <cstring>
 
@@ -7,12 +11,20 @@ namespace paramkit::cpu {
 
 namespace {
 
+#if defined(__x86_64__)
+// Older clangs' builtin does not know the name.
+bool converts_half() {
+  unsigned int a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
+
 std::vector<const Kernels*> detect() {
   std::vector<const Kernels*> found = {&kScalar};
 #if defined(__x86_64__)
   // The builtin asks cpuid, and xgetbv for what the operating system saves.
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && converts_half();
   if (avx2) found.push_back(&kAvx2);
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {

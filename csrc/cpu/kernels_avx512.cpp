@@ -17,7 +17,11 @@
 #include "core/classify.h"
 #include "cpu/target.h"
 
+#if defined(__clang__)  // which ignores all of it for the sake of a width
+PARAMKIT_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,f16c")
+#else
 PARAMKIT_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,f16c,prefer-vector-width=512")
+#endif
 
 namespace paramkit::cpu {
 namespace avx512 {
