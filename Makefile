@@ -20,7 +20,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq install
 KEEP_TORCH := -c $(STAMPS)/constraints.txt
 say = @printf '\033[1m==>\033[0m %s\n'
 
-.PHONY: help demo test slow fuzz sanitize bench bench-distributed gpu docs lint format build wheel clean distclean force
+.PHONY: help demo test slow fuzz sanitize bench bench-distributed bench-dropin gpu docs lint format build wheel clean distclean force
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -57,6 +57,10 @@ fuzz: $(STAMPS)/test $(STAMPS)/extension ## millions of random lists against tor
 bench: $(STAMPS)/bench $(STAMPS)/extension ## beside torch, numpy and plain C; ARGS=--quick is short
 	$(say) 'benchmarks'
 	@$(PY) -m benchmarks $(ARGS)
+
+bench-dropin: $(STAMPS)/bench $(STAMPS)/extension ## torch's own calls with and without patch_torch
+	$(say) 'benchmarks of patch_torch'
+	@$(PY) -m benchmarks.dropin $(ARGS)
 
 bench-distributed: $(STAMPS)/bench $(STAMPS)/extension ## sharded models and weight sync, 4 processes beside torch
 	$(say) 'benchmarks on four processes'

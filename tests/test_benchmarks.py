@@ -41,6 +41,7 @@ from benchmarks.targets import (
 )
 from tests import cases as inputs
 from tests import mixture
+from tests.conftest import need_extension
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -833,3 +834,32 @@ def test_choosing_cases(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--only", "no such case"]) == 2
     assert main(["--sizes"]) == 0
     assert "31,337" in capsys.readouterr().out
+
+
+def test_dropin(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Both tables, from tiny writes in processes of their own; the times mean nothing here."""
+    from benchmarks import dropin
+
+    assert dropin.main(["--tiny", "--json", str(tmp_path / "dropin.json")]) == 0
+    result = json.loads((tmp_path / "dropin.json").read_text(encoding="utf-8"))
+    assert result["large"].keys() == dropin.large_writes(tiny=True).keys()
+    assert result["tiny"].keys() == dropin.tiny_writes().keys()
+    for row in result["tiny"].values():
+        assert len(row["cost"]) == 3 and all(cost > 0 for cost in row["cost"])
+    shown = capsys.readouterr().out
+    assert "copy_, transposed" in shown and "copy_ of 64" in shown
+
+
+def test_dropin_times_what_it_says() -> None:
+    """Large writes take the kernels under the patch; of the tiny ones those that say so."""
+    from benchmarks import dropin
+
+    need_extension()
+    for writes, taken in ((dropin.large_writes(tiny=True), True), (dropin.tiny_writes(), False)):
+        for name, call in writes.items():
+            with paramkit.patch_torch(), torch.no_grad():
+                call()  # once for the conversions that the kernels ask torch about
+                with paramkit.backend.trace() as trace:
+                    call()
+            expected = taken or "(taken)" in name or "_foreach_copy_" in name
+            assert bool(trace.routes) == expected, name
