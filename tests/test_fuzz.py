@@ -46,8 +46,8 @@ def test_lists_on_every_backend(emulator: Path) -> None:
             assert result.runs[backend] == result.lists
         if backend == "native":
             assert set(routes) <= {"native", "cast"} and routes["cast"] == 0
-        elif backend == PATCHED:
-            pass
+        elif backend == PATCHED:  # which leaves small writes to torch, uncounted
+            assert all(routes[family] > 0 for family in FAMILIES) and routes["cast"] > 100
         elif backend in ("cuda:to device", "cuda:to host"):
             assert routes["staged"] > result.runs[backend] > LISTS // 500
         else:

@@ -45,6 +45,7 @@ class Prepared:
     dsts: list[Tensor]
     srcs: list[Tensor | int | float | complex]
     want: bytes
+    torch: bytes  # what torch leaves, which of a list that it refuses has written the beginning
     error: type[Exception] | None
 
 
@@ -79,8 +80,9 @@ def prepare(arena: Arena, each: WriteList) -> Prepared | None:
         srcs.append(src)
     if not left:
         return None
-    want = arena.get() if error is None or each.how == "each" else each.start
-    return Prepared(each, left, dsts, srcs, want, error)
+    did = arena.get()
+    want = did if error is None or each.how == "each" else each.start
+    return Prepared(each, left, dsts, srcs, want, did, error)
 
 
 def reach(
