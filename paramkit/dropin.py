@@ -138,7 +138,7 @@ def _wrap_load_state_dict() -> None:
         return original(self, state_dict, strict=strict, assign=assign)
 
     _installed = load_state_dict
-    nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign,assignment]
+    nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]
 
 
 def _restore_load_state_dict() -> None:
