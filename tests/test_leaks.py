@@ -145,6 +145,35 @@ def state_dicts(tmp_path: Path) -> Once:
     return once
 
 
+def patched(tmp_path: Path) -> Once:
+    """torch's own calls while they take the kernels, and those that fail."""
+    a, b, wrong = torch.zeros(200, 200), torch.rand(200, 200).t(), torch.zeros(3)
+    ours, state = model(), model().state_dict()
+    other = {**state, "0.bias": torch.zeros(9)}
+
+    def once() -> None:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # without the extension it says so
+            with paramkit.patch_torch():
+                a.copy_(b)
+                a[1:50] = b[1:50]
+                a.fill_(0.5)
+                torch._foreach_copy_([a, a[3:90]], [b, b[4:91]])
+                torch._foreach_zero_([a])
+                ours.load_state_dict(state)
+                for call in (
+                    lambda: a.copy_(wrong),
+                    lambda: torch._foreach_copy_([a, a], [b, wrong]),
+                    lambda: ours.load_state_dict(other),
+                ):
+                    try:
+                        call()
+                    except RuntimeError as error:
+                        error.__traceback__ = None
+
+    return once
+
+
 def transplants(tmp_path: Path) -> Once:
     ours, source = {"w": torch.zeros(3, 2)}, {"w": torch.zeros(2, 3)}
     rules = [paramkit.Rule("w", "w", "a b -> b a")]
@@ -196,6 +225,7 @@ SUCCESS = {
     "models that come and go": (models_that_come_and_go, 300),
     "writes": (recorded_writes, 2000),
     "state dicts": (state_dicts, 2000),
+    "patched": (patched, 300),
     "transplants": (transplants, 1000),
     "files": (files, 200),
     "files that fail": (files_that_fail, 200),
