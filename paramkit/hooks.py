@@ -16,6 +16,9 @@ __all__ = ["HookCheck", "in_place_is_fine"]
 # FSDP's hooks put its own record right where parameters were replaced; writing in place replaces none.
 _FSDP = "torch.distributed.fsdp._fully_shard."
 
+# What is on the meta device here, because its values are in a mapping of the hook's, for each call.
+_OFFLOADS = "a hook of accelerate that offloads it"
+
 
 class HookCheck:
     """Finds modules whose loading does more than copy.
@@ -53,6 +56,15 @@ class HookCheck:
             reason = self._known.get(id(module))
             if reason is None:
                 reason = self._known[id(module)] = _reason(module)
+            if reason == _OFFLOADS:
+                return Finding(
+                    destination.name,
+                    "hook",
+                    f"{type(module).__name__} has {reason}, which brings other values at each call",
+                    "a module that holds its own values",
+                    "take the hooks off first (accelerate.hooks.remove_hook_from_submodules), or write what the "
+                    "hook's weights_map holds",
+                )
             if reason:
                 return Finding(
                     destination.name,
@@ -66,6 +78,9 @@ class HookCheck:
 
 
 def _reason(module: nn.Module) -> str:
+    hook = vars(module).get("_hf_hook")
+    if any(getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ()))):
+        return _OFFLOADS
     load = type(module)._load_from_state_dict
     if "_load_from_state_dict" in vars(module):
         return "a _load_from_state_dict of its own"

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, overload
@@ -509,8 +509,7 @@ class Plan:
             self._busy.release()
         return list(dict.fromkeys(self._write_dst[i] for i in differ))
 
-    @contextmanager
-    def swapped(self, source: NewSource | None = None) -> Iterator[Report]:
+    def swapped(self, source: NewSource | None = None) -> AbstractContextManager[Report]:
         """Put a source in for the length of a block, and every bit back at its end, whatever happens in it.
 
         For evaluating averaged weights, or an adapter. Where sources and destinations match one to one,
@@ -521,8 +520,8 @@ class Plan:
         Args:
             source: as for `apply`.
 
-        Yields:
-            The report of putting it in.
+        Returns:
+            A context manager; what it gives is the report of putting the source in.
 
         Raises:
             PlanError: as `apply`; also where this plan is swapped in already, and at the end where a
@@ -537,6 +536,10 @@ class Plan:
         >>> inside == before, model.weight.tolist() == before
         (False, True)
         """
+        return _Swapped(self._swapped(source))
+
+    @contextmanager
+    def _swapped(self, source: NewSource | None) -> Iterator[Report]:
         self._enter()
         try:
             compiled = self._take_checked(source)
@@ -754,6 +757,23 @@ class Plan:
             return f"<{type(self).__name__.lstrip('_')}, released>"
         s = self._summary
         return f"<paramkit.Plan: {s.writes} writes into {len(s.names)} tensors, {s.bytes} bytes, backend {s.backend}>"
+
+
+class _Swapped(AbstractContextManager[Report]):
+    """The block of `Plan.swapped`, each end of which is outside of compiled graphs."""
+
+    def __init__(self, block: AbstractContextManager[Report]) -> None:
+        self._block = block
+
+    def __enter__(self) -> Report:
+        if torch.compiler.is_dynamo_compiling():
+            return between_graphs(_Swapped.__enter__, "Plan.swapped")(self)
+        return self._block.__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        if torch.compiler.is_dynamo_compiling():
+            return between_graphs(_Swapped.__exit__, "Plan.swapped")(self, *error)
+        return self._block.__exit__(*error)
 
 
 class ModelPlan(Plan):

@@ -88,13 +88,23 @@ def compiled() -> Iterator[str]:
         yield "cpu"
 
 
-@pytest.fixture(params=["native", "cpu"])
+PATCHED = ("native", "cpu", *(["patched"] if hasattr(paramkit, "patch_torch") else []))
+
+
+@pytest.fixture(params=PATCHED)
 def patched(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run the test on torch's own calls and on the extension; the value is the backend."""
-    if request.param != "native":
-        need_extension()
-    with paramkit.backend.force(request.param):
-        yield request.param
+    """Run the test on torch's own calls, on the extension, and with torch patched; the value is which."""
+    if request.param == "native":
+        with paramkit.backend.force("native"):
+            yield "native"
+        return
+    need_extension()
+    with paramkit.backend.force("cpu"):
+        if request.param == "cpu":
+            yield "cpu"
+            return
+        with paramkit.patch_torch():
+            yield "patched"
 
 
 @pytest.fixture

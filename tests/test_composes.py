@@ -142,6 +142,18 @@ def test_transforms_of_the_operators(name: str, transform: str) -> None:
     assert_same_bits(TRANSFORMS[transform](written(name, paramkit)), expected)
 
 
+@pytest.mark.parametrize("patched", ["cpu"], indirect=True)  # they come with the extension
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_transforms_of_the_dispatcher_operators(name: str, transform: str) -> None:
+    call = TRANSFORMS[transform]
+    function = written(name, torch.ops.paramkit)
+    torch.manual_seed(1)
+    expected = call(written(name, TorchOps))
+    torch.manual_seed(1)
+    assert_same_bits(call(function), expected)
+
+
 @pytest.mark.parametrize("name", ["copy_", "foreach_copy_"])
 def test_vmap_refuses_a_destination_that_is_not_batched(name: str, patched: str) -> None:
     """As torch: there is no place for several values in one."""

@@ -150,6 +150,24 @@ void fill_autograd(const Tensor& dst, const Scalar& value) {
   fill__op().call(dst, value);
 }
 
+// --- vmap and functionalization: torch's own copy_ and fill_, one by one -----------------------------
+// They have the rules for batched tensors. And compiled code keeps an operator of others as one step that reads
+// before it writes, which a list that shares memory is not; it also takes views of inputs with an offset of their
+// own for other elements (torch 2.13).
+
+void foreach_copy_single(TensorList dsts, TensorList srcs, bool non_blocking) {
+  check_lengths("foreach_copy_", dsts.size(), srcs.size());
+  for (size_t i = 0; i < dsts.size(); ++i) dsts[i].copy_(srcs[i], non_blocking);
+}
+void foreach_fill_single(TensorList dsts, at::ArrayRef<Scalar> values) {
+  check_lengths("foreach_fill_", dsts.size(), values.size());
+  for (size_t i = 0; i < dsts.size(); ++i) dsts[i].fill_(values[i]);
+}
+void copy_single(const Tensor& dst, const Tensor& src, bool non_blocking) {
+  foreach_copy_single(dst, src, non_blocking);
+}
+void fill_single(const Tensor& dst, const Scalar& value) { foreach_fill_single(dst, value); }
+
 }  // namespace
 
 }  // namespace paramkit
@@ -173,6 +191,8 @@ PARAMKIT_IMPL(CUDA, cpu)  // a batch knows where its tensors are
 PARAMKIT_IMPL(Meta, meta)
 PARAMKIT_IMPL(ADInplaceOrView, inplace)
 PARAMKIT_IMPL(Autograd, autograd)
+PARAMKIT_IMPL(FuncTorchBatched, single)
+PARAMKIT_IMPL(Functionalize, single)
 
 // torch's fallbacks for conjugate and negative tensors refuse lists that are written. The kernels send
 // such tensors to torch's own copy_ by themselves.
