@@ -531,6 +531,11 @@ def between_graphs(model: nn.Module, source: nn.Module) -> dict[str, Callable[[]
 
 
 @pytest.mark.parametrize(
+    "patched",
+    ["cpu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("native", *PATCHED[2:]))],
+    indirect=True,
+)
+@pytest.mark.parametrize(
     "how",
     ["Plan.apply", "plan of lists", "plan", "transplant", "load_state_dict", "writes", "swapped"],
 )
