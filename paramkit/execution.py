@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .backend.native import moved_by_callback
 from .errors import PlanError, SourceError
 from .journal import Journal, shielded
 from .stream import Streamed
@@ -131,6 +132,8 @@ def _run_steps(
         written += step.bytes
         if progress is not None:
             progress(written, total)
+            if written < total and (compiled.replaced() or any(compiled.moved())):
+                raise moved_by_callback()
 
 
 def _state(

@@ -108,6 +108,18 @@ class _Stream:
 
     def run(self, items: Iterable[tuple[str, Tensor]]) -> Report:
         start = perf_counter()
+        active = backend.active()
+        # All of it is one write to other threads, however long the next tensor takes to come.
+        with active.Claim([t for t in self.local if t is not None], []):
+            resolved = self._write_all(items)
+        names = [resolved.destinations[k].name for k in sorted(self.written)]
+        clear(self.model, names)
+        self._set_requires_grad()
+        families = list(self.routes.elements())
+        summary = summary_of(resolved, names, families, active.NAME)
+        return Report(summary, perf_counter() - start)
+
+    def _write_all(self, items: Iterable[tuple[str, Tensor]]) -> Resolved:
         try:
             self._check_destinations()
             self._write()  # what rules fill without a source
@@ -119,12 +131,7 @@ class _Stream:
         except BaseException as error:
             self._failed(error)
             raise
-        names = [resolved.destinations[k].name for k in sorted(self.written)]
-        clear(self.model, names)
-        self._set_requires_grad()
-        families = list(self.routes.elements())
-        summary = summary_of(resolved, names, families, backend.active().NAME)
-        return Report(summary, perf_counter() - start)
+        return resolved
 
     def _check_destinations(self) -> None:
         """What can be known before the first tensor comes."""

@@ -132,8 +132,9 @@ def _load_recorded(
         if shards:
             torch.autograd.graph.increment_version([t for t in dsts if is_sharded(t)])
             dsts, srcs = local_pairs(dsts, srcs)
-        with torch.no_grad():
-            backend.active().foreach_copy_(dsts, srcs, False)
+        active = backend.active()
+        with torch.no_grad(), active.Claim(dsts, srcs):
+            active.foreach_copy_(dsts, srcs, False)
     return keys
 
 
@@ -146,8 +147,10 @@ def _load_with_rollback(
     change it, and decide what is an error. Costs a copy of the model while it runs.
     """
     tensors = {id(t): t for m in model.modules() for t in _tensors(m) if not t.is_meta}
-    saved = [(t, t.detach().clone()) for t in tensors.values()]
-    with _restored_on_error(model):
+    values = state_dict.values() if isinstance(state_dict, Mapping) else ()
+    read = [t for t in values if isinstance(t, Tensor)]
+    with _restored_on_error(model), backend.active().Claim(list(tensors.values()), read):
+        saved = [(t, t.detach().clone()) for t in tensors.values()]
         try:
             with _meta_is_an_error():
                 keys: _IncompatibleKeys = model.load_state_dict(state_dict, strict=strict)

@@ -230,6 +230,31 @@ def _kept(argument: Any) -> Any:
     return argument if isinstance(argument, str) else tuple(argument)
 
 
+_process = 0  # one more in each child that is forked
+
+
+def _in_child() -> None:
+    global _process
+    _process += 1
+
+
+os.register_at_fork(after_in_child=_in_child)
+
+
+class _Use:
+    """One call of a plan.
+
+    No lock, since an interrupt may come between taking a lock and the `try` that gives it back. Setting `over` in
+    a `finally` is one instruction.
+    """
+
+    __slots__ = ("over", "process")
+
+    def __init__(self) -> None:
+        self.over = False
+        self.process = _process
+
+
 class Plan:
     """Checked writes, ready to run. Made by `paramkit.plan`, `paramkit.writes`; not by its own name.
 
@@ -264,7 +289,11 @@ class Plan:
         self._src_names: list[str] = []
         self._write_dst: list[str] = []
         self._inference: list[str] = []
-        self._busy = threading.Lock()
+        self._entering = threading.Lock()
+        self._use: _Use | None = None  # the call that this plan is in, or was in last
+        self._claims = (
+            False  # whether more than one call of the backend has to be kept from other threads
+        )
         self._exchange: Exchange | None = None  # while a source is swapped in
         self._allocated: list[Destination] = []  # memory that is not in the model yet
         self._ordered = False
@@ -334,6 +363,7 @@ class Plan:
         self._src_names = list(resolved.source_names)
         self._write_dst = [resolved.destinations[w.dst].name for w in resolved.writes]
         self._summary = summary_of(resolved, self._dst_names, compiled.families(), active.NAME)
+        self._claims = isinstance(compiled, Streamed)
 
     # --- public ---
 
@@ -379,30 +409,39 @@ class Plan:
             return run(self, source, atomic=atomic, progress=progress)
         if progress is not None and not callable(progress):
             raise TypeError(f"apply: progress must be callable, got {type(progress).__name__}")
-        self._enter()
+        use = _Use()
         try:
+            self._enter(use)
             return self._apply(source, progress, atomic)
         finally:
-            self._busy.release()
+            use.over = True
 
     def _apply(self, source: Any, progress: Progress | None, atomic: bool = False) -> Report:
-        compiled = self._take_checked(source)
+        undo = self._undo(source)
+        compiled = self._take(source)
+        if self._claims or atomic or progress is not None:
+            # A short or single call of the backend needs none: it claims what it writes by itself.
+            with compiled.claim():
+                return self._checked_apply(compiled, undo, progress, atomic)
+        return self._checked_apply(compiled, undo, progress, atomic)
+
+    def _checked_apply(
+        self, compiled: Any, undo: Callable[[], object], progress: Progress | None, atomic: bool
+    ) -> Report:
+        self._check(compiled, undo)
         start = perf_counter()
         if self._replaced_in_table() or not self._execute(compiled, progress, atomic):
             raise self._stale()
         return Report(self._summary, perf_counter() - start)
 
-    def _take_checked(self, source: Any) -> Any:
-        """`_take`, and what is asked of the values. A refused source is not kept."""
-        undo = self._undo(source)
-        compiled = self._take(source)
+    def _check(self, compiled: Any, undo: Callable[[], object]) -> None:
+        """What is asked of the values. A refused source is not kept."""
         try:
             self._check_inference()
             self._check_values(compiled)
         except BaseException:
             undo()
             raise
-        return compiled
 
     def _undo(self, source: Any) -> Callable[[], object]:
         """How to go back to the source in use now."""
@@ -499,14 +538,16 @@ class Plan:
         """
         if torch.compiler.is_dynamo_compiling():
             return between_graphs(Plan.verify, "Plan.verify")(self, source)
-        self._enter()
+        use = _Use()
         try:
+            self._enter(use)
             compiled = self._take(source)
-            if self._is_stale():
-                raise self._stale()
-            differ = verify_in_order(compiled) if self._ordered else compiled.verify()
+            with compiled.claim("compare"):
+                if self._is_stale():
+                    raise self._stale()
+                differ = verify_in_order(compiled) if self._ordered else compiled.verify()
         finally:
-            self._busy.release()
+            use.over = True
         return list(dict.fromkeys(self._write_dst[i] for i in differ))
 
     def swapped(self, source: NewSource | None = None) -> AbstractContextManager[Report]:
@@ -540,32 +581,47 @@ class Plan:
 
     @contextmanager
     def _swapped(self, source: NewSource | None) -> Iterator[Report]:
-        self._enter()
+        use = _Use()
         try:
-            compiled = self._take_checked(source)
-            if self._is_stale():
-                raise self._stale()
-            self._bump_shards()
+            self._enter(use)
+            undo = self._undo(source)
+            compiled = self._take(source)
+            with compiled.claim():
+                self._check(compiled, undo)
+                if self._is_stale():
+                    raise self._stale()
             exchange = Exchange(compiled, self._explainable(), self._exchangeable)
         except BaseException:
-            self._busy.release()
+            use.over = True
             raise
         try:
             self._exchange = exchange
             start = perf_counter()
             try:
+                self._bump_shards()
                 if not exchange.enter():
                     raise self._stale()
             finally:
-                self._busy.release()
+                use.over = True
             yield Report(self._summary, perf_counter() - start)
         finally:
-            stale = self._stale() if self._is_stale() else None
-            try:
+            use.over = True
+            stale: PlanError | None = None
+            lost: list[int] = []
+
+            def back() -> None:
+                nonlocal stale
+                if self._exchange is None:
+                    return
+                stale = self._stale() if self._is_stale() else None
                 self._bump_shards()
-                lost = exchange.leave()
-            finally:
+                lost.extend(exchange.leave())
                 self._exchange = None
+
+            try:
+                back()
+            finally:
+                back()  # an interrupt may come at its very beginning
             if stale is not None:
                 names = ", ".join(dict.fromkeys(self._write_dst[w] for w in lost))
                 lost_text = (
@@ -599,11 +655,12 @@ class Plan:
         """
         if torch.compiler.is_dynamo_compiling():
             return between_graphs(Plan.refresh, "Plan.refresh")(self, source)
-        self._enter()
+        use = _Use()
         try:
+            self._enter(use)
             self._build(source)
         finally:
-            self._busy.release()
+            use.over = True
 
     def release(self) -> None:
         """Let go of every tensor. `refresh(source)` makes a plan with names usable again.
@@ -680,15 +737,17 @@ class Plan:
             "Nothing was written."
         )
 
-    def _enter(self) -> None:
+    def _enter(self, use: _Use) -> None:
         """One call at a time: the GIL is given up while a long plan runs."""
-        if not self._busy.acquire(blocking=False):
-            raise PlanError(
-                "this plan is in use already, by another thread or the call that it is in; "
-                "nothing was written."
-            )
+        with self._entering:
+            last = self._use
+            if last is not None and not last.over and last.process == _process:
+                raise PlanError(
+                    "this plan is in use already, by another thread or the call that it is in; "
+                    "nothing was written."
+                )
+            self._use = use
         if self._exchange is not None:
-            self._busy.release()
             raise self._is_swapped()
 
     def _ready(self) -> Any:
@@ -751,6 +810,11 @@ class Plan:
             for i in srcs
         ]
         return PlanError("the plan no longer fits; nothing was written.", findings)
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a plan holds addresses, and cannot be pickled or copied: make one where it is to run"
+        )
 
     def __repr__(self) -> str:
         if self._compiled is None:

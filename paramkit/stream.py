@@ -314,6 +314,11 @@ class Streamed:
                 found[number] = family
         return found
 
+    def claim(self, doing: str = "write") -> Any:
+        """Keeps other threads from the memory of this plan while a block runs, all of its steps."""
+        in_memory = [s for s in self._srcs if not isinstance(s, Lazy)]
+        return self._active.Claim(self._dsts, in_memory, doing)
+
     def replaced(self) -> list[int]:
         return self.steps[0].plan.replaced() if self.steps else []
 

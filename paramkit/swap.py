@@ -39,9 +39,10 @@ class Exchange:
 
     def enter(self) -> bool:
         """Put the source in. False, and nothing written, where a tensor is not what was planned for."""
-        if self.in_place:
-            return bool(self._compiled.exchange())
-        return write(self._compiled, self._journal)
+        with self._claim():
+            if self.in_place:
+                return bool(self._compiled.exchange())
+            return write(self._compiled, self._journal)
 
     def leave(self) -> list[int]:
         """Put back what was there; nothing where nothing was put in.
@@ -49,13 +50,21 @@ class Exchange:
         Returns:
             Numbers of the writes whose memory is gone, so that nothing could be put back.
         """
-        if self.in_place:
-            # Counted where it happens: an interrupt may come between an exchange and its return.
-            if (self._compiled.exchanges() - self._before) % 2:
-                return list(self._compiled.exchange_back())
-        else:
-            shielded(self._journal.restore)
-        return []
+        lost: list[int] = []
+
+        def back() -> None:
+            with self._claim():
+                if not self.in_place:
+                    self._journal.restore()
+                # Counted where it happens: an interrupt may come between an exchange and its return.
+                elif (self._compiled.exchanges() - self._before) % 2:
+                    lost.extend(self._compiled.exchange_back())
+
+        shielded(back)
+        return lost
+
+    def _claim(self) -> Any:
+        return self._compiled.claim("exchange" if self.in_place else "write")
 
 
 def _is_writable(source: Any) -> bool:

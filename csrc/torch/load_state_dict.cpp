@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "torch/batch.h"
+#include "torch/claims.h"
 #include "torch/modules.h"
 #include "torch/scratch.h"
 
@@ -64,7 +65,7 @@ bool standard_class(PyTypeObject* type) {
   return is_standard;
 }
 
-class Loader {
+class Loader : public Claimant {
  public:
   Loader(Batch& batch, PyObject* state_dict) : batch_(batch), state_dict_(state_dict) {}
 
@@ -79,6 +80,18 @@ class Loader {
   }
 
   Py_ssize_t loaded() const { return loaded_; }
+
+  const Extent& extent() const override {
+    if (known_) return extent_;
+    std::vector<Range> ranges[2];
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      const at::TensorImpl& impl = *THPVariable_Unpack(tensors_[i]).unsafeGetTensorImpl();
+      if (impl.numel() > 0) ranges[i % 2].push_back(range(impl));
+    }
+    extent_ = {merged(std::move(ranges[0])), merged(std::move(ranges[1]))};
+    known_ = true;
+    return extent_;
+  }
 
   // References to all tensors.
   py::object hold() const {
@@ -153,6 +166,8 @@ class Loader {
   Batch& batch_;
   PyObject* state_dict_;
   std::vector<PyObject*> tensors_;  // borrowed from the model and the state dict
+  mutable Extent extent_;
+  mutable bool known_ = false;
   Py_ssize_t loaded_ = 0;
   int depth_ = 0;
 };
@@ -176,7 +191,10 @@ bool load_state_dict(PyObject* model, PyObject* state_dict) {
     return false;  // torch's own way says it better
   }
   // Another thread may change the model or the state dict while the GIL is given up.
-  const py::object held = batch->runs_python() ? loader.hold() : py::none();
+  const bool gives_up_gil = batch->runs_python();
+  const py::object held = gives_up_gil || Claim::others() ? loader.hold() : py::none();
+  const Claim claim(gives_up_gil, loader);
+  if (claim.waited()) return false;  // the tensors may be others now
   batch->run(false);
   return true;
 }

@@ -4,11 +4,13 @@
 #include <torch/version.h>
 
 #include <cerrno>
+#include <optional>
 
 #include "core/task.h"
 #include "cpu/capability.h"
 #include "cpu/run.h"
 #include "torch/batch.h"
+#include "torch/claims.h"
 #include "torch/devices.h"
 #include "torch/load_state_dict.h"
 #include "torch/patch.h"
@@ -17,6 +19,7 @@
 #include "torch/reading.h"
 #include "torch/recorder.h"
 #include "torch/staging.h"
+#include "torch/threads.h"
 
 namespace py = pybind11;
 
@@ -91,7 +94,7 @@ int64_t read_file_rows(int fd, int64_t offset, int64_t file_stride, int64_t rows
                        int64_t memory_stride) {
   paramkit::ReadOutcome outcome{};
   {
-    const py::gil_scoped_release released;
+    const paramkit::ReleaseGil released(true);
     outcome = paramkit::read_rows(
         fd, {offset, file_stride, rows, row_bytes, reinterpret_cast<char*>(address), memory_stride});
   }
@@ -99,6 +102,44 @@ int64_t read_file_rows(int fd, int64_t offset, int64_t file_stride, int64_t rows
   errno = outcome.error;
   PyErr_SetFromErrno(PyExc_OSError);
   throw py::error_already_set();
+}
+
+// A claim as a context manager, for writes of several calls. It holds no tensor: a plan of lists looks who does.
+class HeldClaim : public paramkit::Claimant {
+ public:
+  HeldClaim(const paramkit::Claimant& whose, paramkit::Doing doing) : whose_(&whose), doing_(doing) {}
+  HeldClaim(paramkit::Extent extent, paramkit::Doing doing) : own_(std::move(extent)), doing_(doing) {}
+  ~HeldClaim() = default;
+  HeldClaim(const HeldClaim&) = delete;
+  HeldClaim& operator=(const HeldClaim&) = delete;
+
+  void enter() { claim_.emplace(true, *this, doing_); }
+  void leave() { claim_.reset(); }
+
+  const paramkit::Extent& extent() const override { return whose_ != nullptr ? whose_->extent() : own_; }
+
+ private:
+  const paramkit::Claimant* whose_ = nullptr;
+  paramkit::Extent own_;
+  paramkit::Doing doing_;
+  std::optional<paramkit::Claim> claim_;
+};
+
+paramkit::Doing doing(const std::string& name) {
+  if (name == "write") return paramkit::Doing::Write;
+  if (name == "compare") return paramkit::Doing::Compare;
+  if (name == "exchange") return paramkit::Doing::Exchange;
+  throw py::value_error("claim: got '" + name + "', expected 'write', 'compare' or 'exchange'");
+}
+
+std::unique_ptr<HeldClaim> make_claim(const std::vector<at::Tensor>& dsts, const std::vector<at::Tensor>& srcs,
+                                      const std::string& what) {
+  return std::make_unique<HeldClaim>(paramkit::Extent{paramkit::ranges_of(dsts), paramkit::ranges_of(srcs)},
+                                     doing(what));
+}
+
+std::unique_ptr<HeldClaim> claim_of(const Plan& plan, const std::string& what) {
+  return std::make_unique<HeldClaim>(plan, doing(what));
 }
 
 }  // namespace
@@ -109,6 +150,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, py::mod_gil_not_used(false)) {
   Plan::prepare();
   paramkit::adopt_numerics();
   paramkit::prepare_load_state_dict();
+  paramkit::prepare_claims();
   if (PyModule_AddFunctions(m.ptr(), paramkit::kOperators) != 0) throw py::error_already_set();
   paramkit::add_recorder(m.ptr());
   m.def("capability", [] { return std::string(paramkit::cpu::active().name); });
@@ -131,6 +173,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, py::mod_gil_not_used(false)) {
     paramkit::set_staging_bytes(bytes);
     return before;
   });
+  m.def("set_claims", &paramkit::set_claims);
+  py::class_<HeldClaim>(m, "Claim")
+      .def(py::init(&make_claim), py::arg("dsts"), py::arg("srcs"), py::arg("doing") = "write")
+      .def("__enter__", torch::wrap_pybind_function([](HeldClaim& claim) { claim.enter(); }))
+      .def("__exit__", [](HeldClaim& claim, const py::args&) { claim.leave(); });
   m.def("read_rows", &read_file_rows);
   m.def("patch_torch", torch::wrap_pybind_function(&paramkit::patch_torch));
   m.def("torch_version", [] { return std::string(TORCH_VERSION); });
@@ -158,5 +205,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, py::mod_gil_not_used(false)) {
       .def("exchange", torch::wrap_pybind_function([](Plan& plan) { return plan.exchange(); }))
       .def("exchange_back", torch::wrap_pybind_function([](Plan& plan) { return plan.exchange_back(); }))
       .def("exchanges", &Plan::exchanges)
+      .def("claim", &claim_of, py::arg("doing") = "write", py::keep_alive<0, 1>())
       .def("verify", &Plan::verify);
 }

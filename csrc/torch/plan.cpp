@@ -12,6 +12,7 @@
 
 #include "cpu/run.h"
 #include "torch/batch.h"
+#include "torch/claims.h"
 #include "torch/scratch.h"
 #include "torch/threads.h"
 
@@ -42,26 +43,6 @@ Plan::Counts measure_orphan(bool view) {
 const Plan::Counts& orphan_counts(bool view) {
   static const Plan::Counts of_tensor = measure_orphan(false), of_base = measure_orphan(true);
   return view ? of_base : of_tensor;
-}
-
-// The memory that tensors lie in, sorted and merged.
-std::vector<Range> merged_ranges(const std::vector<at::Tensor>& tensors) {
-  std::vector<Range> ranges;
-  for (const at::Tensor& tensor : tensors) {
-    const at::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
-    if (impl.layout() == c10::kStrided && impl.has_storage() && impl.numel() > 0) ranges.push_back(range(impl));
-  }
-  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  size_t kept = 0;
-  for (const Range& next : ranges) {
-    if (kept > 0 && next.begin <= ranges[kept - 1].end) {
-      ranges[kept - 1].end = std::max(ranges[kept - 1].end, next.end);
-    } else {
-      ranges[kept++] = next;
-    }
-  }
-  ranges.resize(kept);
-  return ranges;
 }
 
 bool meets(const std::vector<Range>& ranges, const at::TensorImpl& impl) {
@@ -316,11 +297,44 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> Plan::moved() const {
   return found;
 }
 
+// Where the tensors were when they were planned for: other threads ask, and may not look at tensors.
+std::vector<Range> Plan::planned(const std::vector<Snapshot>& all) const {
+  std::vector<Range> ranges;
+  ranges.reserve(all.size());
+  for (const Snapshot& was : all) {
+    if (was.storage == nullptr) continue;
+    const Kind& kind = kinds_[was.kind];
+    const auto width = static_cast<int64_t>(kind.dtype.itemsize());
+    const int64_t* sizes = layouts_.data() + kind.layout;
+    int64_t reach = width;
+    bool empty = false;
+    for (uint32_t i = 0; i < kind.rank; ++i) {
+      empty |= sizes[i] == 0;
+      reach += (sizes[i] - 1) * sizes[kind.rank + i] * width;
+    }
+    if (!empty) ranges.push_back({was.data, was.data + reach});
+  }
+  return merged(std::move(ranges));
+}
+
+const std::vector<Range>& Plan::extent_dsts() const {
+  if (!dsts_known_) extent_.dsts = planned(dst_snapshots_);
+  dsts_known_ = true;
+  return extent_.dsts;
+}
+
+const Extent& Plan::extent() const {
+  extent_dsts();
+  if (!srcs_known_) extent_.srcs = planned(src_snapshots_);
+  srcs_known_ = true;
+  return extent_;
+}
+
 // --- writing -----------------------------------------------------------------------------------
 
 bool Plan::rebind(const py::dict& tensors, const py::list& names) {
   TORCH_CHECK(names.size() == srcs_.size(), "rebind: expected ", srcs_.size(), " names, got ", names.size());
-  if (written_.empty()) written_ = merged_ranges(dsts_);
+  const std::vector<Range>& written = extent_dsts();
   std::vector<at::Tensor> srcs;
   srcs.reserve(srcs_.size());
   for (size_t i = 0; i < srcs_.size(); ++i) {
@@ -330,10 +344,11 @@ bool Plan::rebind(const py::dict& tensors, const py::list& names) {
     const at::TensorImpl& now = *tensor.unsafeGetTensorImpl();
     // Compared with what was planned for, not with the old source: that may have been resized since.
     if (!same_layout(src_snapshots_[i], now) || now.device() != srcs_[i].device()) return true;
-    if (now.layout() == c10::kStrided && (!has_memory(now) || meets(written_, now))) return true;
+    if (now.layout() == c10::kStrided && (!has_memory(now) || meets(written, now))) return true;
     srcs.push_back(tensor);
   }
   std::vector<Snapshot> snapshots = src_snapshots_;
+  srcs_known_ = false;
   srcs_.swap(srcs);
   for (size_t i = 0; i < srcs_.size(); ++i) set_memory(src_snapshots_[i], srcs_[i]);
   if (!others_.empty()) {
@@ -341,6 +356,7 @@ bool Plan::rebind(const py::dict& tensors, const py::list& names) {
       compile();
     } catch (...) {
       srcs_.swap(srcs);
+      srcs_known_ = false;
       src_snapshots_.swap(snapshots);
       throw;
     }
@@ -372,6 +388,9 @@ void Plan::copy_native(size_t w) const {
 }
 
 bool Plan::run(const py::object& progress) {
+  const bool plain = plain_context();
+  const Claim claim(
+      program_.bytes >= kReleaseGil || !progress.is_none() || !others_.empty() || !native_.empty() || !plain, *this);
   bool recorded = false;
   if (!intact(recorded)) return false;
   const auto tell_all = [&] {
@@ -389,7 +408,7 @@ bool Plan::run(const py::object& progress) {
     tell_all();
     return true;
   }
-  if (!plain_context()) {  // a mode or a tracer: it has to see every write
+  if (!plain) {  // a mode or a tracer: it has to see every write
     for (size_t w = 0; w < writes_.size(); ++w) copy_native(w);
     routes().native += static_cast<int64_t>(writes_.size());
     tell_all();
@@ -427,6 +446,10 @@ void Plan::run_in_pieces(const py::object& progress) {
     if (progress.is_none() || (done - told < kProgressBytes && done != total)) return;
     told = done;
     progress(done, total);
+    bool recorded = false;
+    if (done != total && !intact(recorded)) {
+      raise_plan_error("a tensor was replaced, moved or resized by the progress callback of the plan that writes it.");
+    }
   };
   for (const Other& other : others_) {
     if (!other.transfers()) {  // one launch

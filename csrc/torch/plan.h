@@ -9,12 +9,13 @@
 #include <vector>
 
 #include "core/task.h"
+#include "torch/claims.h"
 #include "torch/elsewhere.h"
 #include "torch/tensors.h"
 
 namespace paramkit {
 
-class Plan {
+class Plan : public Claimant {
  public:
   // Measures what plans compare with, at import: it runs Python code, which no guard of a static
   // variable may wait for.
@@ -77,6 +78,9 @@ class Plan {
   // How many exchanges were done: told apart from their calls, behind which an interrupt may come.
   int64_t exchanges() const { return exchanges_; }
 
+  // The memory of all destinations and of all sources.
+  const Extent& extent() const override;
+
   // Indices of the writes whose destination does not hold what the source says.
   std::vector<int64_t> verify() const;
 
@@ -122,6 +126,8 @@ class Plan {
   bool slot_holds(const Slot& slot) const;
   bool orphan(size_t dst) const;
   bool intact(bool& recorded) const;
+  std::vector<Range> planned(const std::vector<Snapshot>& all) const;
+  const std::vector<Range>& extent_dsts() const;
   void compile();
   void compile(size_t write);
   at::Tensor view(const at::Tensor& tensor, const Write& write, bool dst) const;
@@ -135,8 +141,9 @@ class Plan {
   std::vector<Slot> slots_;
   bool follow_autograd_, ordered_;
   int64_t exchanges_ = 0;
-  Counts orphan_counts_[2];     // of a tensor, and of the base of a view
-  std::vector<Range> written_;  // the memory of all destinations, sorted and merged
+  Counts orphan_counts_[2];  // of a tensor, and of the base of a view
+  mutable Extent extent_;
+  mutable bool dsts_known_ = false, srcs_known_ = false;  // of extent_
 
   std::vector<Snapshot> dst_snapshots_, src_snapshots_;
   std::vector<Owner> owners_;  // of the destinations, where autograd is followed

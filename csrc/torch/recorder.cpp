@@ -15,6 +15,7 @@
 #include "core/normalize.h"
 #include "torch/basic_index.h"
 #include "torch/batch.h"
+#include "torch/claims.h"
 #include "torch/names.h"
 #include "torch/threads.h"
 
@@ -233,7 +234,25 @@ bool apart(const Recording& recording, std::vector<Span>& spans) {
   return true;
 }
 
-// False, and nothing written, if something here is not plain, does not fit or is not known to be apart.
+// The memory of assignments, for other threads.
+struct Spans : Claimant {
+  const std::vector<Span>& spans;
+  mutable Extent memory;
+  mutable bool known = false;
+
+  explicit Spans(const std::vector<Span>& all) : spans(all) {}
+
+  const Extent& extent() const override {
+    if (known) return memory;
+    for (const Span& span : spans) (span.written ? memory.dsts : memory.srcs).push_back({span.begin, span.end});
+    memory = {merged(std::move(memory.dsts)), merged(std::move(memory.srcs))};
+    known = true;
+    return memory;
+  }
+};
+
+// False, and nothing written, if something here is not plain, does not fit or is not known to be apart, or if
+// another thread was waited for: the tensors may be others now.
 bool Recording::run() const {
   if (!plain_context() || !names.unchanged()) return false;
   Program program;
@@ -283,6 +302,9 @@ bool Recording::run() const {
     if (value != nullptr) spans.push_back({src, src + read, static_cast<uint32_t>(i), false});
   }
   if (!apart(*this, spans)) return false;
+  const Spans memory(spans);
+  const Claim claim(program.bytes >= kReleaseGil, memory);
+  if (claim.waited()) return false;
 
   // Spans of one tensor mostly follow each other now. Raising a version twice does no harm.
   const at::TensorImpl* last = nullptr;

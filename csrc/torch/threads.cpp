@@ -1,6 +1,8 @@
 #include "torch/threads.h"
 
 #include <Python.h>
+#include <cxxabi.h>
+#include <unistd.h>
 
 #include "core/classify.h"
 #include "core/overlap.h"
@@ -24,8 +26,15 @@ void parallel(int n, void (*body)(void*, int), void* context) {
 ReleaseGil::ReleaseGil(bool wanted)
     : state_(wanted && !KeepGil::kept() && PyGILState_Check() ? PyEval_SaveThread() : nullptr) {}
 
+// While the interpreter is on its way out, Python before 3.14 ends a thread that asks for the GIL by unwinding its
+// stack, and a stack of C++ that is unwound so ends the process. The thread stops here instead, as in Python 3.14.
 ReleaseGil::~ReleaseGil() {
-  if (state_ != nullptr) PyEval_RestoreThread(static_cast<PyThreadState*>(state_));
+  if (state_ == nullptr) return;
+  try {
+    PyEval_RestoreThread(static_cast<PyThreadState*>(state_));
+  } catch (abi::__forced_unwind&) {
+    while (true) pause();
+  }
 }
 
 std::vector<char> compare_tasks(const Program& program) {

@@ -242,6 +242,8 @@ def settings() -> dict[str, str]:
 
 def _first_use() -> ModuleType:
     global _active, _warned
+    if _forked:
+        _take_one_thread()
     with _lock:
         decision = decide()
         warn = bool(decision.warning) and not _warned
@@ -372,6 +374,41 @@ def _set_capability(module: Any, capability: str, source: str) -> None:
 
 def _quote(error: str | None) -> str:
     return f".\nThe original error:\n{error}" if error else ""
+
+
+# --- forks --------------------------------------------------------------------------------------
+
+_pool = False  # whether there are threads that are not Python's, as of the last fork
+_forked = False  # whether this process is a child of one that had some, and torch has not been told
+
+
+def _before_fork() -> None:
+    global _pool
+    try:
+        _pool = Path("/proc/self/task").stat().st_nlink - 2 > threading.active_count()
+    except OSError:
+        _pool = True
+
+
+def _in_child() -> None:
+    """The threads of torch's pool are not there, but OpenMP waits for them: torch and the kernels would hang."""
+    global _lock, _forked
+    _lock = threading.RLock()
+    _forked = _pool
+    if _forked and _active is not None:
+        _take_one_thread()
+
+
+def _take_one_thread() -> None:
+    """As in a worker of a DataLoader."""
+    global _forked
+    import torch
+
+    torch.set_num_threads(1)
+    _forked = False
+
+
+os.register_at_fork(before=_before_fork, after_in_child=_in_child)
 
 
 # --- finding the binary -------------------------------------------------------------------------

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..errors import PlanError
 from .checks import check_copy, check_fill, check_inplace, has_no_memory, tensor_list
+from .claims import Claim, ranges_of, set_claims  # noqa: F401  as the extension has them
 
 NAME = "native"
 _local = threading.local()
@@ -112,6 +114,7 @@ class Plan:
         self._follow_autograd = follow_autograd
         self._seen = [_fingerprint(t) for t in self._dsts]
         self._seen_srcs = [_fingerprint(t) for t in self._srcs]
+        self._memory = ranges_of(self._dsts), ranges_of(self._srcs)
         self._exchanges = 0
 
     def families(self) -> list[str]:
@@ -164,6 +167,7 @@ class Plan:
             return True
         self._srcs = new
         self._seen_srcs = [_fingerprint(t) for t in new]
+        self._memory = self._memory[0], ranges_of(new)
         return False
 
     def _views(self, i: int, *, detach: bool) -> tuple[Tensor, Tensor]:
@@ -177,8 +181,16 @@ class Plan:
             src = src.as_strided(sizes, src_strides, src.storage_offset() + src_offset)
         return dst, src
 
+    def claim(self, doing: str = "write") -> Claim:
+        """Keeps other threads from the memory of this plan while a block runs."""
+        return Claim(*self._memory, doing)
+
     def run(self, progress: Callable[[int, int], object] | None = None) -> bool:
         """Write. False, and nothing written, if `replaced` or `moved` has something to say."""
+        with self.claim():
+            return self._run(progress)
+
+    def _run(self, progress: Callable[[int, int], object] | None) -> bool:
         if self.replaced() or any(self.moved()):
             return False
         n = len(self._writes)
@@ -202,6 +214,8 @@ class Plan:
             if progress is not None and (done - reported >= 32 << 20 or done == total):
                 reported = done
                 progress(done, total)
+                if done < total and (self.replaced() or any(self.moved())):
+                    raise moved_by_callback()
         _count(n)
         return True
 
@@ -235,19 +249,21 @@ class Plan:
         return left
 
     def _swap(self, numbers: Iterable[int]) -> None:
-        """Swap some writes: all, or none where one fails."""
+        """Swap some writes: all, or none where one fails. An interrupt is raised when all is done."""
+        views = [self._views(i, detach=True) for i in numbers]
+        swap = _Swap([block for dst, src in views for block in _blocks(dst, src)])
         interrupt: KeyboardInterrupt | None = None
-        done: list[tuple[Tensor, Tensor]] = []
-        try:
-            for i in numbers:
-                for dst, src in _blocks(*self._views(i, detach=True)):
-                    interrupt = _swap_block(dst, src) or interrupt
-                    done.append((dst, src))
-        except Exception:
-            for dst, src in reversed(done):
-                _swap_block(dst, src)
-            raise
-        self._exchanges += 1
+        while True:
+            try:
+                if not swap.over:
+                    swap.go_on()
+                    self._exchanges += 1
+                break
+            except KeyboardInterrupt as error:
+                interrupt = error
+            except Exception:
+                swap.turn_round()
+                raise
         if interrupt is not None:
             raise interrupt
 
@@ -265,23 +281,48 @@ class Plan:
         return differ
 
 
-def _swap_block(dst: Tensor, src: Tensor) -> KeyboardInterrupt | None:
-    """Swap two tensors; an interrupt is returned, and each stage done again where it came."""
-    interrupt: KeyboardInterrupt | None = None
-    kept = dst
-    stage = 0
-    while stage < 3:
-        try:
+def moved_by_callback() -> PlanError:
+    """What is raised where the progress callback of a write takes the memory away."""
+    return PlanError(
+        "a tensor was replaced, moved or resized by the progress callback of the plan that writes it."
+    )
+
+
+class _Swap:
+    """Pairs of tensors that are swapped one by one; may be interrupted anywhere, and goes on from there.
+
+    Attributes:
+        over: whether all are.
+    """
+
+    def __init__(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        self._pairs = pairs
+        self._kept = torch.empty(0)
+        self._at = 0  # three stages a pair; each may be done twice
+        self.over = False
+
+    def go_on(self) -> None:
+        while self._at < 3 * len(self._pairs):
+            pair, stage = divmod(self._at, 3)
+            dst, src = self._pairs[pair]
             if stage == 0:
-                kept = dst.clone()
+                self._kept = dst.clone()
             elif stage == 1:
                 dst.copy_(src)
             else:
-                src.copy_(kept)
-            stage += 1
-        except KeyboardInterrupt as error:
-            interrupt = error
-    return interrupt
+                src.copy_(self._kept)
+            self._at += 1
+        self.over = True
+
+    def turn_round(self) -> None:
+        """Swap back what was swapped, after an error."""
+        pair, stage = divmod(self._at, 3)
+        if stage:
+            self._pairs[pair][0].copy_(self._kept)
+        for dst, src in reversed(self._pairs[:pair]):
+            kept = dst.clone()
+            dst.copy_(src)
+            src.copy_(kept)
 
 
 def _blocks(dst: Tensor, src: Tensor, elements: int = 1 << 17) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,0 +1,162 @@
+"""Memory that writes in other threads may not touch meanwhile: the fallback's part of csrc/torch/claims.h.
+
+torch's own `copy_` gives the GIL up, so every write of a plan says what memory it is at, and waits for those before
+it that would make a mix.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from bisect import bisect_right
+from collections.abc import Iterable
+from operator import attrgetter
+from time import sleep
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import PlanError
+
+__all__ = ["Claim", "Ranges", "ranges_of", "set_claims"]
+
+
+class Ranges(list[tuple[int, int]]):
+    """Addresses of memory: [begin, end), sorted and merged."""
+
+
+_DOING = {"write": (True, False), "compare": (False, False), "exchange": (True, True)}
+_LONGEST_PAUSE = 0.01  # seconds, between two looks of a thread that waits
+
+# NOTE: [Interrupts] An interrupt may come at the beginning of every function of Python, so also of an `__exit__`, and
+# of those of threading.Condition; not between a block's end and what a plain lock does there. So a claim is held as
+# long as a lock of its own is, and the block ends with that lock's `__exit__`.
+_lock = threading.Lock()
+_claims: list[Claim] = []  # in the order in which they came, and some that are over
+_wanted = True
+
+
+class Claim:
+    """Held while a block runs. Of blocks that would make a mix, the later one waits.
+
+    Blocks of one thread inside each other never wait for each other. It holds no tensor.
+
+    Args:
+        dsts, srcs: the tensors of both sides, or their `ranges_of`.
+        doing: "write" (from `srcs` to `dsts`), "compare" or "exchange".
+
+    Raises:
+        PlanError: on entering, where this thread is in another block and would have to wait.
+    """
+
+    def __init__(
+        self, dsts: Ranges | Iterable[Tensor], srcs: Ranges | Iterable[Tensor], doing: str = "write"
+    ) -> None:
+        self._sides = tuple(s if isinstance(s, Ranges) else ranges_of(s) for s in (dsts, srcs))
+        self._written = _DOING[doing]
+        self._thread = threading.get_ident()
+        self._active = False  # no longer waiting
+        self._held = threading.Lock()
+
+    def __enter__(self) -> Claim:
+        self._held.acquire()
+        try:
+            if _wanted:
+                self._take()
+        except BaseException:  # an interrupt, too
+            self._held.release()
+            raise
+        return self
+
+    if TYPE_CHECKING:
+
+        def __exit__(self, *exc: object) -> None: ...
+    else:
+        __exit__ = property(attrgetter("_held.__exit__"))
+
+    def _take(self) -> None:
+        with _lock:
+            _claims[:] = [c for c in _claims if c._held.locked()]
+            holding = any(c._thread == self._thread for c in _claims)
+            _claims.append(self)
+            self._active = not self._blocked(holding)
+        if not self._active and holding:
+            raise PlanError(
+                "another thread is at the same tensors, and cannot be waited for inside a write of this "
+                "thread; nothing was written."
+            )
+        pause = 0.0
+        while not self._active:
+            pause = min(pause + 0.0005, _LONGEST_PAUSE)
+            sleep(pause)
+            with _lock:
+                self._active = not self._blocked(False)
+
+    def _blocked(self, holding: bool) -> bool:
+        """Whether a claim of another thread that came before is at the same memory, and one of the two writes it.
+
+        A thread that holds a claim looks at those at work alone: what waits may wait for it.
+        """
+        for other in _claims:
+            if other is self:
+                break
+            if not other._held.locked():
+                continue
+            if other._thread == self._thread or (holding and not other._active):
+                continue
+            for own, written in zip(self._sides, self._written):
+                for theirs, written_there in zip(other._sides, other._written):
+                    if (written or written_there) and _meet(own, theirs):
+                        return True
+        return False
+
+
+def set_claims(wanted: bool) -> bool:
+    """For tests that show what happens without: whether writes wait. Returns what it was."""
+    global _wanted
+    before, _wanted = _wanted, wanted
+    return before
+
+
+def ranges_of(tensors: Iterable[Tensor]) -> Ranges:
+    """The memory that tensors lie in, where they have some of torch's own."""
+    found = []
+    for t in tensors:
+        try:
+            if t.layout is not torch.strided or not t.numel() or not t.untyped_storage().data_ptr():
+                continue
+            begin, strides = t.data_ptr(), t.stride()
+        except (RuntimeError, NotImplementedError):  # a wrapper of another tensor
+            continue
+        reach = sum((n - 1) * step for n, step in zip(t.shape, strides)) + 1
+        found.append((begin, begin + reach * t.element_size()))
+    merged = Ranges()
+    for begin, end in sorted(found):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((begin, end))
+    return merged
+
+
+def _meet(a: Ranges, b: Ranges) -> bool:
+    short, long = sorted((a, b), key=len)
+    begins = [begin for begin, _ in long]
+    for begin, end in short:
+        # The last of the others that begins before this one ends: all before it end before it begins.
+        k = bisect_right(begins, end - 1) - 1
+        if k >= 0 and long[k][1] > begin:
+            return True
+    return False
+
+
+def _forget() -> None:
+    """In a child the other threads are not there, nor what they were at."""
+    global _lock
+    _lock = threading.Lock()
+    here = threading.get_ident()
+    _claims[:] = [c for c in _claims if c._thread == here]
+
+
+os.register_at_fork(after_in_child=_forget)

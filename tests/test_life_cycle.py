@@ -1,0 +1,402 @@
+"""Plans and what becomes of their tensors, their calls and their process: interrupts, callbacks, the end."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import paramkit
+from paramkit import PlanError
+from tests.conftest import need_extension
+from tests.guards import Layout, nothing_written, place, watch
+from tests.threads import Paused, together
+
+COUNT, STAGING = 8, 16384
+
+
+@pytest.fixture(params=["native", "cpu"])
+def route(request: pytest.FixtureRequest) -> Iterator[str]:
+    name: str = request.param
+    if name == "cpu":
+        need_extension()
+    with paramkit.backend.force(name):
+        yield name
+
+
+def model_of(numel: int, value: float = 0.0) -> nn.ParameterDict:
+    """Parameters between guard bytes."""
+    made = nn.ParameterDict()
+    for k in range(COUNT):
+        made[f"w{k}"] = nn.Parameter(place(Layout.dense((numel,)), torch.float32))
+        made[f"w{k}"].data.fill_(value)
+    return made
+
+
+def values_of(numel: int, value: float) -> dict[str, Tensor]:
+    return {f"w{k}": torch.full((numel,), value) for k in range(COUNT)}
+
+
+def held(model: nn.Module) -> set[float]:
+    return {x.item() for p in model.parameters() for x in p.detach().aminmax()}
+
+
+def plan_of(model: nn.Module, kind: str, value: float, folder: Path) -> paramkit.Plan:
+    """From memory or from a file."""
+    numel = next(model.parameters()).numel()
+    source: Any = values_of(numel, value)
+    if kind == "memory":
+        return paramkit.plan(model, source)
+    path = folder / f"{value}.safetensors"
+    save_file(source, path)
+    return paramkit.plan(model, path, staging=STAGING)
+
+
+# A callback that takes the memory away.
+
+
+def to_double(model: nn.ParameterDict) -> None:
+    model.double()
+
+
+def new_data(model: nn.ParameterDict) -> None:
+    model[f"w{COUNT - 1}"].data = torch.full_like(model[f"w{COUNT - 1}"], -5.0)
+
+
+def emptied(model: nn.ParameterDict) -> None:
+    model[f"w{COUNT - 1}"].untyped_storage().resize_(0)
+
+
+def replaced(model: nn.ParameterDict) -> None:
+    model[f"w{COUNT - 1}"] = nn.Parameter(torch.full_like(model[f"w{COUNT - 1}"], -5.0))
+
+
+def retied(model: nn.ParameterDict) -> None:
+    model[f"w{COUNT - 1}"] = model["w0"]
+
+
+def resized(model: nn.ParameterDict) -> None:
+    with torch.no_grad():
+        model[f"w{COUNT - 1}"].detach().resize_(5)
+        model[f"w{COUNT - 1}"].set_(model[f"w{COUNT - 1}"].detach().clone())  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        *(("file", change) for change in (to_double, new_data, emptied, replaced, retied, resized)),
+        *(("memory", change) for change in (to_double, emptied, retied)),
+    ],
+)
+def test_a_callback_that_changes_the_model(
+    route: str, tmp_path: Path, kind: str, change: Callable[[nn.ParameterDict], None]
+) -> None:
+    """It is told at once, and what is gone is not written any more."""
+    numel = (10 << 20) // COUNT + 1 if kind == "memory" else 1500
+    model = model_of(numel, -1.0)
+    last = f"w{COUNT - 1}"
+    plan = plan_of(model, kind, 2.0, tmp_path)
+    kept = torch.empty(0).set_(model[last].detach())  # type: ignore[call-overload]  the memory, not the tensor
+    calls: list[int] = []
+
+    def progress(written: int, total: int) -> None:
+        calls.append(written)
+        assert written < total
+        change(model)
+
+    with pytest.raises(PlanError, match="callback"):
+        plan.apply(progress=progress)
+    assert len(calls) == 1
+    if change is not emptied:
+        assert kept.unique().tolist() == [-1.0]
+    state = paramkit.torn(model)
+    assert state is not None
+    assert last in state.unwritten
+    with (
+        nothing_written(*(p for p in model.parameters() if p.untyped_storage().nbytes())),
+        pytest.raises(PlanError),
+    ):
+        plan.apply()
+
+
+# A model that goes.
+
+
+def test_a_model_freed_while_a_plan_lives(route: str, tmp_path: Path) -> None:
+    for kind in ("memory", "file"):
+        model = model_of(100)
+        tensors = [weakref.ref(p) for p in model.parameters()]
+        plan = plan_of(model, kind, 1.0, tmp_path)
+        plan.apply()
+        gone = weakref.ref(model)
+        del model
+        gc.collect()
+        assert gone() is None
+        for call in (plan.apply, plan.refresh, partial(plan.apply, values_of(100, 2.0))):
+            with pytest.raises(PlanError, match="no longer exists"):
+                call()
+        assert all(ref() is not None for ref in tensors)  # they are the plan's until it lets go
+        plan.release()
+        gc.collect()
+        assert all(ref() is None for ref in tensors)
+
+
+def test_a_model_freed_while_a_plan_writes_it(route: str, tmp_path: Path) -> None:
+    model = model_of(1500)
+    tensors = list(model.parameters())
+    seen = watch(*tensors)
+    plan = plan_of(model, "file", 1.0, tmp_path)
+    paused = Paused(lambda progress: plan.apply(progress=progress))
+    del model
+    gc.collect()
+    paused.go_on()
+    assert {x for p in tensors for x in p.detach().unique().tolist()} == {1.0}
+    seen.assert_only_inside()
+    with pytest.raises(PlanError, match="no longer exists"):
+        plan.apply()
+
+
+def test_a_source_freed_while_a_plan_lives(route: str) -> None:
+    """The plan holds the tensors of its source, not the module."""
+    model, source = model_of(100), model_of(100, 3.0)
+    gone = weakref.ref(source)
+    plan = paramkit.plan(model, source)
+    del source
+    gc.collect()
+    assert gone() is None
+    plan.apply()
+    assert held(model) == {3.0}
+
+
+# Interrupts.
+
+
+class Interrupt(KeyboardInterrupt):
+    """As Ctrl-C, from a timer."""
+
+
+class Storm:
+    """Calls interrupted at random moments, by a signal, as the interpreter handles one.
+
+    Attributes:
+        hits: calls that were interrupted.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.hits = 0
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __enter__(self) -> Storm:
+        def interrupt(number: int, frame: object) -> None:
+            raise Interrupt
+
+        self._before = signal.signal(signal.SIGALRM, interrupt)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, self._before)
+
+    def call(self, call: Callable[[], object], longest: float) -> bool:
+        """Whether it was interrupted."""
+        delay = max(float(torch.rand((), generator=self._generator)) * longest, 2e-6)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, delay)
+            call()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except Interrupt:
+            self.hits += 1
+            return True
+        return False
+
+
+def time_of(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("least", [3, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("atomic", [False, True], ids=["torn", "atomic"])
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_an_interrupt_leaves_a_state_that_is_told(
+    route: str, tmp_path: Path, kind: str, atomic: bool, least: int
+) -> None:
+    """All old or all new; or the model is marked, and the mark is right; and the plan goes on afterwards."""
+    numel = 40_000 if kind == "memory" else 3000
+    model = model_of(numel)
+    seen = watch(*model.parameters())
+    plans = {v: plan_of(model, kind, v, tmp_path) for v in (1.0, 2.0)}
+    both = [partial(plans[v].apply, atomic=atomic) for v in (2.0, 1.0)]
+    old, longest = 1.0, 1.1 * min(time_of(call) for call in both * 3)
+    with Storm(1) as storm:
+        while storm.hits < least:
+            new = 3.0 - old
+            if not storm.call(both[new == 1.0], longest):
+                assert held(model) == {new}
+            state = paramkit.torn(model)
+            assert not (atomic and state)
+            if state is None:
+                assert held(model) in ({old}, {new})
+            else:
+                assert {*state.written, *state.unwritten} == {*model}
+                for name in state.written:
+                    assert model[name].unique().tolist() == [new]
+            for value in (old, new):  # nothing is locked
+                plans[value].apply()
+                assert held(model) == {value}
+                assert paramkit.torn(model) is None
+            old = new
+    seen.assert_only_inside()
+
+
+@pytest.mark.parametrize("least", [150, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_an_interrupt_does_not_lock_a_plan(route: str, least: int) -> None:
+    """Also one that comes just as a call begins or ends."""
+    model = model_of(4)
+    plan = paramkit.plan(model, values_of(4, 1.0))
+    longest = 1.2 * min(time_of(plan.apply) for _ in range(20))
+    with Storm(2) as storm:
+        while storm.hits < least:
+            storm.call(plan.apply, longest)
+    plan.apply()
+    plan.refresh()
+    assert plan.verify() == []
+
+
+@pytest.mark.parametrize("least", [80, pytest.param(5000, marks=pytest.mark.slow)])
+def test_an_interrupt_leaves_nothing_swapped_in(route: str, least: int) -> None:
+    model, average = model_of(4, 1.0), model_of(4, 2.0)
+    plan = paramkit.plan(model, average)
+
+    def swap() -> None:
+        with plan.swapped():
+            pass
+
+    longest = 1.2 * min(time_of(swap) for _ in range(20))
+    with Storm(3) as storm:
+        while storm.hits < least:
+            storm.call(swap, longest)
+            assert (held(model), held(average)) == ({1.0}, {2.0})
+    plan.apply()
+    assert held(model) == {2.0}
+
+
+def test_an_interrupt_of_a_write_that_waits(route: str, tmp_path: Path) -> None:
+    """It stops waiting, soon, and has written nothing; the tensors are not kept from others."""
+    model = model_of(1500)
+    first, second = plan_of(model, "file", 1.0, tmp_path), plan_of(model, "memory", 2.0, tmp_path)
+    paused = Paused(lambda progress: first.apply(progress=progress))
+    with Storm(4) as storm:
+        for _ in range(3):
+            assert storm.call(second.apply, 0.1)
+    paused.go_on()
+    assert held(model) == {1.0}
+    second.apply()
+    assert held(model) == {2.0}
+
+
+def python(text: str, *arguments: str, limit: float = 240) -> subprocess.CompletedProcess[str]:
+    environ = {**os.environ, "PYTHONFAULTHANDLER": "1"}
+    command = [sys.executable, "-c", text, *arguments]
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=limit)
+
+
+def test_control_c_in_a_process(route: str) -> None:
+    """SIGINT while a long write runs: it is done, and then interrupted; the model is whole."""
+    text = """
+import os, signal, sys, threading, torch, paramkit
+
+with paramkit.backend.force(sys.argv[1]):
+    model = torch.nn.ParameterList(torch.zeros(8 << 20) for _ in range(4))
+    source = {str(k): torch.ones(8 << 20) for k in range(4)}
+    plan = paramkit.plan(model, source)
+    found = None
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    value = 1.0
+    try:
+        while True:
+            plan.apply()
+    except KeyboardInterrupt:
+        found = paramkit.torn(model)
+    whole = all(bool((p == 1).all()) for p in model)
+    assert whole or found is not None, "half written, and nobody says so"
+    plan.apply()
+    assert plan.verify() == [] and paramkit.torn(model) is None
+print("ok")
+"""
+    run = python(text, route)
+    assert (run.returncode, run.stdout) == (0, "ok\n"), run.stderr
+
+
+# The end of the interpreter.
+
+
+END = """
+import os, sys, threading, time, torch, paramkit
+
+def endless(call):
+    threading.Thread(target=lambda: [call() for _ in iter(int, 1)], daemon=True).start()
+
+with paramkit.backend.force(sys.argv[1]):
+    numel = int(sys.argv[2])
+    children = 0
+    for turn in range(int(sys.argv[3])):
+        pid = os.fork()
+        if pid == 0:
+            break
+        _, status = os.waitpid(pid, 0)
+        if status:
+            print("status", status)
+        children += status == 0
+    else:
+        print("ended", children)
+        sys.stdout.flush()
+        os._exit(0)
+    for _ in range(3):
+        dsts = [torch.zeros(numel) for _ in range(4)]
+        srcs = [torch.ones(numel) for _ in range(4)]
+        plan = paramkit.plan(dsts, srcs)
+        endless(plan.apply)
+        endless(lambda dsts=dsts, srcs=srcs: paramkit.foreach_copy_(dsts, srcs))
+    time.sleep(0.05 + 0.01 * turn)
+"""
+
+
+@pytest.mark.parametrize("numel", [64, 2 << 20])
+def test_the_interpreter_ends_while_threads_write(numel: int) -> None:
+    """Daemon threads in the middle of copies: no crash, and the process's own exit status."""
+    need_extension()
+    run = python(END, "cpu", str(numel), "6")
+    assert (run.returncode, run.stdout) == (0, "ended 6\n"), run.stderr[-3000:]
+
+
+# Without the GIL.
+
+
+FREE = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+
+
+@pytest.mark.skipif(not FREE, reason="this Python has a GIL")
+def test_free_threaded(route: str) -> None:
+    """The extension says that it needs the GIL, so that importing it switches the GIL on."""
+    model = model_of(1 << 18)
+    plans = [paramkit.plan(model, values_of(1 << 18, float(k))) for k in range(4)]
+    assert route == "native" or sys._is_gil_enabled()  # type: ignore[attr-defined]
+    for _ in range(20):
+        together([plan.apply for plan in plans])
+        assert len(held(model)) == 1
