@@ -62,6 +62,8 @@ from .typing import (
 
 __all__ = ["ModelPlan", "Options", "Plan", "plan"]
 
+Undo = Callable[[], object]
+
 
 @dataclass(frozen=True)
 class Options:
@@ -230,17 +232,6 @@ def _kept(argument: Any) -> Any:
     return argument if isinstance(argument, str) else tuple(argument)
 
 
-_process = 0  # one more in each child that is forked
-
-
-def _in_child() -> None:
-    global _process
-    _process += 1
-
-
-os.register_at_fork(after_in_child=_in_child)
-
-
 class _Use:
     """One call of a plan.
 
@@ -248,11 +239,16 @@ class _Use:
     a `finally` is one instruction.
     """
 
-    __slots__ = ("over", "process")
+    over = False
 
-    def __init__(self) -> None:
-        self.over = False
-        self.process = _process
+
+def _in_child() -> None:
+    """Calls of another process, whose threads are not there, are of another type."""
+    global _Use
+    _Use = type("_Use", (_Use,), {})  # type: ignore[misc, assignment]
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 class Plan:
@@ -412,21 +408,18 @@ class Plan:
         use = _Use()
         try:
             self._enter(use)
-            return self._apply(source, progress, atomic)
+            undo = None if source is None else self._undo(source)
+            compiled = self._take(source)
+            if self._claims or atomic or progress is not None:
+                # A single call of the backend needs none: it claims what it writes by itself.
+                with compiled.claim():
+                    return self._apply(compiled, undo, progress, atomic)
+            return self._apply(compiled, undo, progress, atomic)
         finally:
             use.over = True
 
-    def _apply(self, source: Any, progress: Progress | None, atomic: bool = False) -> Report:
-        undo = self._undo(source)
-        compiled = self._take(source)
-        if self._claims or atomic or progress is not None:
-            # A short or single call of the backend needs none: it claims what it writes by itself.
-            with compiled.claim():
-                return self._checked_apply(compiled, undo, progress, atomic)
-        return self._checked_apply(compiled, undo, progress, atomic)
-
-    def _checked_apply(
-        self, compiled: Any, undo: Callable[[], object], progress: Progress | None, atomic: bool
+    def _apply(
+        self, compiled: Any, undo: Undo | None, progress: Progress | None, atomic: bool
     ) -> Report:
         self._check(compiled, undo)
         start = perf_counter()
@@ -434,13 +427,15 @@ class Plan:
             raise self._stale()
         return Report(self._summary, perf_counter() - start)
 
-    def _check(self, compiled: Any, undo: Callable[[], object]) -> None:
+    def _check(self, compiled: Any, undo: Undo | None) -> None:
         """What is asked of the values. A refused source is not kept."""
         try:
-            self._check_inference()
+            if self._inference:
+                self._check_inference()
             self._check_values(compiled)
         except BaseException:
-            undo()
+            if undo is not None:
+                undo()
             raise
 
     def _undo(self, source: Any) -> Callable[[], object]:
@@ -468,7 +463,7 @@ class Plan:
         torch.autograd.graph.increment_version([w for _, w, _ in self._shards])
 
     def _check_inference(self) -> None:
-        if self._inference and not torch.is_inference_mode_enabled():
+        if not torch.is_inference_mode_enabled():
             raise RuntimeError(
                 f"apply: {', '.join(self._inference)}: Inplace update to inference tensor outside InferenceMode "
                 "is not allowed; nothing was written: write inside torch.inference_mode()"
@@ -584,7 +579,7 @@ class Plan:
         use = _Use()
         try:
             self._enter(use)
-            undo = self._undo(source)
+            undo = None if source is None else self._undo(source)
             compiled = self._take(source)
             with compiled.claim():
                 self._check(compiled, undo)
@@ -741,7 +736,7 @@ class Plan:
         """One call at a time: the GIL is given up while a long plan runs."""
         with self._entering:
             last = self._use
-            if last is not None and not last.over and last.process == _process:
+            if last is not None and not last.over and type(last) is _Use:
                 raise PlanError(
                     "this plan is in use already, by another thread or the call that it is in; "
                     "nothing was written."
