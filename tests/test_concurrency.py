@@ -70,7 +70,7 @@ def test_disjoint_models_are_exact(route: str, numel: int) -> None:
         plan = paramkit.plan(model, sources[0])
 
         def rounds() -> None:
-            for turn in range(20):
+            for turn in range(8):
                 with paramkit.backend.trace() as trace:
                     plan.apply(sources[turn % 2])
                 assert trace.routes == routes_of(route, copy=COUNT)
@@ -440,7 +440,7 @@ def test_a_plan_that_waits_is_in_use(route: str, tmp_path: Path) -> None:
 def test_what_changed_while_it_waited_is_seen(route: str, tmp_path: Path) -> None:
     model = model_of()
     plan = paramkit.plan(model, values_of(2.0))
-    paused = Paused(begin_file(model, tmp_path))
+    paused = Paused(begin_items(model, tmp_path))
     waiting = Work(plan.apply)
     assert not waiting.finishes(MOMENT)
     model["w5"] = nn.Parameter(torch.zeros(NUMEL))
@@ -457,7 +457,7 @@ def test_what_changed_while_it_waited_is_seen(route: str, tmp_path: Path) -> Non
 def test_what_was_replaced_while_a_block_waited(route: str, tmp_path: Path, kind: str) -> None:
     """These have no plan before: what the names stand for afterwards is written, or refused; not what is gone."""
     model = model_of()
-    paused = Paused(begin_file(model, tmp_path))
+    paused = Paused(begin_items(model, tmp_path))
     waiting = Work(SECOND[kind](model, tmp_path, NUMEL))
     assert not waiting.finishes(MOMENT)
     model["w5"] = nn.Parameter(torch.zeros(NUMEL))
@@ -484,13 +484,10 @@ def test_many_threads_at_one_model(route: str, numel: int, wait: bool) -> None:
     with ExitStack() as stack:
         stack.enter_context(hasty())
         stack.enter_context(claims(wait))
-        until = time.monotonic() + (1.0 if wait else 20.0)
-        while time.monotonic() < until and (wait or mixes == 0):
+        # Short writes of the extension keep the GIL, and need not wait.
+        certain = not wait and (route == "native" or numel > 64)
+        until = time.monotonic() + (30.0 if certain else 0.7)
+        while time.monotonic() < until and not (certain and mixes):
             together([plan.apply for plan in plans])
             mixes += len(held(model)) > 1
-    if wait:
-        assert mixes == 0
-    elif route == "native" or numel > 64:  # short writes of the extension keep the GIL
-        assert mixes > 0
-    else:
-        assert mixes == 0
+    assert (mixes > 0) == certain
