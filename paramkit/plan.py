@@ -7,6 +7,7 @@ backend, which keeps them as ready tasks, and remembers what has to be true for 
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections import OrderedDict
