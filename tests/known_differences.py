@@ -36,6 +36,7 @@ class Difference:
         why: the reason.
         matches: whether a call that was done on both sides shows it.
         shows: whether a smallest example shows it today; asserted.
+        patched: whether it shows in torch's own functions, too, while `patch_torch` is on.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Difference:
     why: str
     matches: Callable[[Call, Seen, Seen], bool]
     shows: Callable[[], bool]
+    patched: bool = False
 
 
 def _list_failed(call: Call, reference: Seen, got: Seen) -> bool:
@@ -192,6 +194,7 @@ DIFFERENCES: tuple[Difference, ...] = (
         paramkit="a NaN, of any sign and payload",
         why="torch's vector and scalar paths differ among themselves, so there is nothing to match",
         matches=_nan_as_float,
+        patched=True,
         shows=lambda: _converts_otherwise((torch.float64, torch.float32, torch.float16)),
     ),
     Difference(
@@ -200,6 +203,7 @@ DIFFERENCES: tuple[Difference, ...] = (
         paramkit="0 or the smallest integer",
         why="no such value means anything, and torch's own paths differ",
         matches=_nan_as_integer,
+        patched=True,
         shows=lambda: _converts_otherwise((torch.int32, torch.int64)),
     ),
     Difference(

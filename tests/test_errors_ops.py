@@ -226,6 +226,31 @@ def test_a_leaf_among_unusual_fills_writes_nothing() -> None:
                 paramkit.foreach_fill_([good, bad], [1.0, value])
 
 
+def test_sparse_fills_that_torch_does_not_have() -> None:
+    """Known from the layout, so it is said before the tensors in front of it are filled."""
+    for sparse in (torch.eye(2).to_sparse(), torch.eye(2).to_sparse_csr()):
+        for value in (torch.tensor(2.0), torch.ones(2), 2.0):
+            error = outcome(lambda s=sparse, v=value: s.clone().fill_(v))
+            good = strided()
+            if error is None:  # a number into CSR
+                paramkit.foreach_fill_([good, sparse], value)
+                assert sparse.values().tolist() == [value, value]
+                continue
+            with nothing_written(good), pytest.raises(error):
+                paramkit.foreach_fill_([good, sparse], [1.0, value])
+            with pytest.raises(error, match=r"layout|sparse"):
+                paramkit.fill_(sparse, value)
+
+
+def test_a_fill_value_of_a_dtype_that_torch_cannot_convert() -> None:
+    value = torch.empty((), dtype=torch.bits8)
+    error = outcome(lambda: strided().fill_(value))
+    assert error is not None
+    good, bad = strided(), strided()
+    with nothing_written(good, bad), pytest.raises(error):
+        paramkit.foreach_fill_([good, bad], [1.0, value])
+
+
 def test_messages_name_the_argument() -> None:
     with pytest.raises(RuntimeError, match="dst"):
         paramkit.copy_(torch.zeros(3), torch.zeros(4))

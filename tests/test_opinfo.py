@@ -32,6 +32,7 @@ from tests.twins import Twins
 
 DIFFERENTIABLE = (torch.float32, torch.float64, torch.bfloat16, torch.complex64)
 SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+SHELLS = (torch.bits8, torch.uint4, torch.float4_e2m1fn_x2, torch.bits16)
 SHARDS = 24
 """Parts of torch's list of operators, so that the slow tests can be run in parts."""
 
@@ -137,6 +138,16 @@ def test_quantized(tally: Tally) -> None:
 
 
 @few
+def test_dtypes_without_arithmetic(tally: Tally) -> None:
+    """Those that torch can only move: as destination, as source, and refused where converted."""
+    for number, operator in enumerate(named(("expand", "permute", "as_strided", "unfold"))):
+        for build in (opinfo_calls.pairs, opinfo_calls.views):
+            drawn = samples(operator, SHELLS[number % len(SHELLS)])
+            run(build, operator, drawn, tally, most=6)
+    assert tally.errors > 0
+
+
+@few
 def test_sparse(tally: Tally) -> None:
     tally.kernels = False
     for layout in SPARSE:
@@ -147,7 +158,7 @@ def test_sparse(tally: Tally) -> None:
 @few
 def test_errors(tally: Tally) -> None:
     """What torch's operators must refuse is as odd for ours: tensors that do not fit each other."""
-    for operator in named(("where", "index_put", "as_strided_scatter", "masked_scatter")):
+    for operator in named(("where", "index_put", "cat", "as_strided_scatter", "masked_scatter")):
         drawn = (sample for sample, _ in error_samples(operator))
         run(opinfo_calls.pairs, operator, drawn, tally)
     assert tally.errors > 0
@@ -166,7 +177,7 @@ def shard(number: int, all_of_them: Sequence[Any]) -> Sequence[Any]:
 def test_every_operator_and_dtype(number: int, tally: Tally) -> None:
     everything = shard(number, list(operators().values()))
     for operator in everything:
-        for dtype in (*DTYPES, *QUANTIZED):
+        for dtype in (*DTYPES, *QUANTIZED, *SHELLS):
             for build in (opinfo_calls.pairs, opinfo_calls.views):
                 run(build, operator, samples(operator, dtype), tally, most=20)
             if dtype in DIFFERENTIABLE and dtype in operator.dtypes and operator.supports_autograd:

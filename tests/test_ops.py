@@ -256,6 +256,31 @@ def test_source_is_destination() -> None:
     assert tensor._version - version >= twin._version - before
 
 
+def test_an_expanded_tensor_into_itself_as_torch(backend: str) -> None:
+    """torch looks whether both are one tensor before it looks at anything else."""
+    base = torch.ones(3)
+    tensor = base.expand(4, 3)
+    before = tensor._version
+    assert tensor.copy_(tensor) is tensor
+    theirs = tensor._version - before
+    with nothing_written(base):
+        assert paramkit.copy_(tensor, tensor) is tensor
+        assert tensor._version - before == 2 * theirs
+        paramkit.foreach_copy_([tensor], [tensor])
+        with pytest.raises(RuntimeError, match="single memory location"):
+            paramkit.copy_(tensor, tensor[:])
+
+
+def test_a_tensor_that_torch_cannot_copy_into_itself() -> None:
+    """No value moves, so no conversion is missed; a leaf is refused all the same."""
+    tensor = torch.empty(3, dtype=torch.uint4)
+    assert outcome(lambda: tensor.copy_(tensor)) is None
+    assert paramkit.copy_(tensor, tensor) is tensor
+    leaf = torch.ones(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="leaf"):
+        paramkit.copy_(leaf, leaf)
+
+
 def test_source_is_the_same_view() -> None:
     whole = torch.arange(12.0).reshape(3, 4)
     paramkit.copy_(whole[:, 1:3], whole[:, 1:3])

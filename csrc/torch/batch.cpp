@@ -117,6 +117,15 @@ bool has_shape(const at::Tensor& tensor) {
   return !tensor.key_set().has_any(own_shapes) && !tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
 }
 
+// torch fills no sparse tensor from a tensor, and no COO tensor at all. A subclass may have ways of its own.
+void check_layout(const Batch::Place& place, const at::Tensor& dst, bool number) {
+  const auto layout = dst.layout();
+  const bool has_fill = layout == c10::kStrided || (number && layout != c10::kSparse);
+  TORCH_CHECK_NOT_IMPLEMENTED(has_fill || dst.key_set().has(c10::DispatchKey::Python), place.op, ": torch fills no ",
+                              layout, " tensor from a ", number ? "number" : "tensor", ", and ", dst_name(place),
+                              " is one");
+}
+
 }  // namespace
 
 void Batch::check_native(Place place, const at::Tensor& dst, const at::Tensor& src) const {
@@ -129,6 +138,7 @@ void Batch::check_native(Place place, const at::Tensor& dst, const at::Tensor& s
 }
 
 void Batch::check_native_fill(Place place, const at::Tensor& dst, const at::Tensor& value) const {
+  check_layout(place, dst, false);
   TORCH_CHECK(value.dim() == 0, place.op, ": fill_ only supports 0-dimension value tensor but got ", value_name(place),
               " with ", value.dim(), " dimensions");
   TORCH_CHECK_NOT_IMPLEMENTED(!value.is_meta() || dst.is_meta(), place.op, ": ", value_name(place),
@@ -137,6 +147,7 @@ void Batch::check_native_fill(Place place, const at::Tensor& dst, const at::Tens
 }
 
 void Batch::check_native(Place place, const at::Tensor& dst, const c10::Scalar& value) const {
+  check_layout(place, dst, true);
   in_context(place, fill_name, [&] {
     char bytes[16];
     if (!c10::isQIntType(dst.scalar_type()))
@@ -259,6 +270,10 @@ void Batch::copy_strided(Place place, const at::Tensor& dst, devices::Home to_ho
   TORCH_CHECK(pair.fits, place.op, ": ", src_name(place), " of shape ", from.sizes(), " does not broadcast to ",
               dst_name(place), " of shape ", to.sizes());
   check_version(place, to_home.access);
+  if (&to == &from) {  // which torch looks for first: no value moves
+    in_context(place, dst_name, [&] { records(dst, &from); });
+    return defer_copy(dst, src);
+  }
   const bool written = to.numel() > 0;
   TORCH_CHECK(!written || !pair.repeats, place.op, ": unsupported operation: more than one element of ",
               dst_name(place), " refers to a single memory location (shape ", to.sizes(), ", stride ", to.strides(),
@@ -267,7 +282,7 @@ void Batch::copy_strided(Place place, const at::Tensor& dst, devices::Home to_ho
   check_memory(place, src_name, from);
   const bool meets = written && pair.to.meets(pair.from);
   if (meets) {
-    TORCH_CHECK(&to == &from || at::get_overlap_status(&to, &from) != at::MemOverlapStatus::Partial, place.op,
+    TORCH_CHECK(at::get_overlap_status(&to, &from) != at::MemOverlapStatus::Partial, place.op,
                 ": unsupported operation: some elements of ", src_name(place), " and ", dst_name(place),
                 " refer to a single memory location. Please clone() the tensor before performing the operation.");
   }

@@ -156,6 +156,9 @@ def check_copy(op: str, index: int | None, dst: Any, src: Any) -> None:
     if not plain:
         check_inplace(f"{name}: {d}", dst, dst.requires_grad or src.requires_grad)
         return  # torch judges the rest itself
+    if dst is src:  # which torch looks for first: no value moves
+        check_inplace(f"{name}: {d}", dst, dst.requires_grad or dst._base is not None)
+        return
     if dst.numel() and has_zero_stride(dst):
         raise RuntimeError(
             f"{name}: unsupported operation: more than one element of {d} refers to a single "
@@ -181,12 +184,23 @@ def check_copy(op: str, index: int | None, dst: Any, src: Any) -> None:
     )
 
 
+def is_fillable(dst: Tensor, value: Any) -> bool:
+    """Whether torch has a `fill_` for the layout: no sparse tensor is filled from a tensor, no COO tensor at all."""
+    if dst.layout is torch.strided or type(dst) not in (Tensor, torch.nn.Parameter):
+        return True
+    return dst.layout is not torch.sparse_coo and not isinstance(value, Tensor)
+
+
 def check_fill(op: str, index: int | None, dst: Any, value: Any) -> None:
     """Raise what ``dst.fill_(value)`` would raise, as far as it can be known beforehand."""
     name, d, _ = _describe(op, index)
     v = "value" if index is None else f"values[{index}]"
     if not isinstance(dst, Tensor):
         raise TypeError(f"{name}: expected a Tensor as {d}, got {type(dst).__name__}")
+    if not is_fillable(dst, value):
+        raise NotImplementedError(
+            f"{name}: torch fills no {dst.layout} tensor from {type(value).__name__}, and {d} is one"
+        )
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise RuntimeError(
