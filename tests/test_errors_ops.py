@@ -238,7 +238,7 @@ def test_sparse_fills_that_torch_does_not_have() -> None:
                 continue
             with nothing_written(good), pytest.raises(error):
                 paramkit.foreach_fill_([good, sparse], [1.0, value])
-            with pytest.raises(error, match=r"layout|sparse"):
+            with pytest.raises(error, match=r"(?i)sparse"):
                 paramkit.fill_(sparse, value)
 
 

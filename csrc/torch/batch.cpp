@@ -387,6 +387,10 @@ void Batch::fill(Place place, const at::Tensor& dst, const at::Tensor& value) {
               "). Please clone() the tensor before performing the operation.");
   if (to.where != devices::kNowhere) check_memory(place, dst_name, *dst.unsafeGetTensorImpl());
   if (from.where != devices::kNowhere) check_memory(place, value_name, *value.unsafeGetTensorImpl());
+  const auto to_type = dst.scalar_type(), from_type = value.scalar_type();
+  if (to.where != devices::kNowhere && from.where != devices::kNowhere && !conversion_known(to_type, from_type)) {
+    in_context(place, fill_name, [&] { check_conversion(to_type, from_type); });
+  }
   // As torch does: a number of the host's is taken along, where autograd has nothing to record.
   if (to.where >= 0 && from.where == devices::kHost && !devices::any_emulated &&
       !on_autograd(*value.unsafeGetTensorImpl(), at::GradMode::is_enabled())) {

@@ -1,0 +1,193 @@
+"""Checks that no other test reaches: each is here with what it refuses."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import paramkit
+from paramkit import PlanError, Rule
+from paramkit.patterns import Mismatch, compile_side, infer, parse_at
+from paramkit.shapes import infer_destinations
+from paramkit.stacking import bound_pins
+from tests.guards import nothing_written
+
+
+def findings(call: Callable[[], object]) -> list[tuple[str, str]]:
+    """Name and kind of what a PlanError lists."""
+    with pytest.raises(PlanError) as caught:
+        call()
+    return [(finding.name, finding.kind) for finding in caught.value.findings]
+
+
+# Arguments.
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"normal": "x"}, "normal must be a number"),
+        ({"normal": 1.0, "mean": "x"}, "mean must be a number"),
+        ({"normal": 1.0, "seed": 1.5}, "seed must be an int"),
+        ({"normal": 1.0, "seed": True}, "seed must be an int"),
+    ],
+)
+def test_fills_of_other_types(given: Any, text: str) -> None:
+    with pytest.raises(TypeError, match=text):
+        Rule(None, "x", fill=given)
+
+
+def test_at_names_an_axis() -> None:
+    with pytest.raises(TypeError, match="at must map axis names"):
+        Rule("x", "y", "i -> s i", at={0: 1})  # type: ignore[dict-item]
+
+
+def test_at_is_short() -> None:
+    assert parse_at("a" * 150).text
+    with pytest.raises(ValueError, match="at most 200"):
+        parse_at("a" * 201)
+
+
+@pytest.mark.parametrize("overflow", ["warn", None, 1])
+def test_overflow_is_one_of_two(overflow: Any) -> None:
+    with pytest.raises(ValueError, match="overflow must be"):
+        paramkit.plan({"x": torch.zeros(1)}, {"x": torch.ones(1)}, overflow=overflow)
+
+
+# Patterns and shapes.
+
+
+def test_one_side_of_another_rank() -> None:
+    with pytest.raises(Mismatch, match=r"dim|axes|axis"):
+        compile_side("-> a b", {}, {}, (12,), (1,))
+
+
+def test_a_source_of_another_rank() -> None:
+    with pytest.raises(Mismatch, match="source"):
+        infer("a b -> (a b)", {}, {}, (12,))
+
+
+def test_a_range_in_terms_of_an_unknown_size() -> None:
+    got = findings(
+        lambda: paramkit.plan(
+            {"x": torch.zeros(6, 2)},
+            {"y": torch.ones(3, 2)},
+            [Rule("y", "x", "a i -> s i", at={"s": "0:unknown"}, unknown=9)],
+        )
+    )
+    assert got == [("x", "shape")]
+
+
+def test_an_axis_that_no_source_tells() -> None:
+    with pytest.raises(Mismatch, match="cannot be worked out"):
+        infer("i -> s i", {"s": "1:"}, {}, (3,))
+
+
+def test_a_pattern_that_gives_another_shape(backend: str) -> None:
+    model = {"x": torch.zeros(2, 3)}
+    with nothing_written(model["x"]):
+        got = findings(
+            lambda: paramkit.plan(model, {"y": torch.ones(2, 4)}, [Rule("y", "x", "a b -> b a")])
+        )
+    assert got == [("x", "shape")]
+
+
+def test_a_name_that_is_no_index() -> None:
+    rule = Rule("x.{e}.w", "w", "i -> e i")
+    finding = bound_pins("x.first.w", rule, {"e": "first"}, ["e"])
+    assert isinstance(finding, paramkit.Finding)
+    assert finding.kind == "rule"
+    with_target = [Rule("x.{e}.w", "w", "i -> e i")]
+    assert ("x.first.w", "rule") in findings(
+        lambda: paramkit.plan({"w": torch.zeros(1, 2)}, {"x.first.w": torch.ones(2)}, with_target)
+    )
+
+
+# Destinations that are worked out from rules.
+
+
+@pytest.mark.parametrize(
+    ("sources", "rules", "expected"),
+    [
+        ({"y": (4, 2)}, [Rule("y", "x", rows="overlap")], ("y", "shape")),
+        ({"x.a.w": (2,)}, [Rule("x.{e}.w", "w", "i -> e i")], ("x.a.w", "rule")),
+        ({"w": (4,)}, [Rule("w", "x.{e}.w", "(e i) -> i")], ("w", "shape")),
+        ({"w": (2,)}, [Rule("w", "x.{e}.w", "(e i) -> i", e=5)], ("w", "shape")),
+        ({"y": (12,)}, [Rule("y", "x", "a b -> b a")], ("x", "shape")),
+        ({}, [Rule(None, "x", fill=0)], ("x", "shape")),
+        (
+            {"a": (2, 3), "b": (2, 4)},
+            [
+                Rule("a", "x", "i j -> (s i) j", at={"s": 0}),
+                Rule("b", "x", "i j -> (s i) j", at={"s": 1}),
+            ],
+            ("x", "shape"),
+        ),
+    ],
+)
+def test_shapes_that_cannot_be_worked_out(
+    sources: dict[str, tuple[int, ...]], rules: list[Rule], expected: tuple[str, str]
+) -> None:
+    tensors = {name: torch.zeros(shape) for name, shape in sources.items()}
+    assert expected in findings(lambda: infer_destinations(tensors, rules))
+
+
+def test_dtypes_that_contradict_each_other() -> None:
+    tensors = {"a": torch.zeros(2, 3), "b": torch.zeros(2, 3, dtype=torch.int32)}
+    rules = [Rule(n, "x", "i j -> (s i) j", at={"s": k}) for k, n in enumerate("ab")]
+    assert findings(lambda: infer_destinations(tensors, rules)) == [("x", "dtype")]
+    made = infer_destinations(tensors, rules, dtype=torch.float16)
+    assert made["x"].dtype is torch.float16
+
+
+# Plans whose model or source is not what it was.
+
+
+def test_swapping_in_a_plan_that_is_stale(backend: str) -> None:
+    model = nn.Linear(2, 2)
+    plan = paramkit.plan(model, {k: torch.ones_like(v) for k, v in model.state_dict().items()})
+    model.weight = nn.Parameter(torch.zeros(2, 2))
+    with (
+        nothing_written(model.weight, model.bias),
+        pytest.raises(PlanError, match="weight"),
+        plan.swapped(),
+    ):
+        pytest.fail("swapped in")
+
+
+def test_a_new_source_for_a_plan_that_is_stale(backend: str) -> None:
+    model = nn.Linear(2, 2)
+    source = {k: torch.ones_like(v) for k, v in model.state_dict().items()}
+    plan = paramkit.plan(model, source)
+    model.weight = nn.Parameter(torch.zeros(2, 2))
+    with nothing_written(model.weight, model.bias), pytest.raises(PlanError, match="weight"):
+        plan.apply({k: 2 * v for k, v in source.items()})
+
+
+def test_a_plan_of_writes_has_its_values(backend: str) -> None:
+    model = {"x": torch.zeros(3)}
+    with paramkit.writes(model) as w:
+        w["x"][0] = 1.0
+    plan = w.plan
+    for call in (
+        lambda: plan.apply({"x": torch.ones(3)}),
+        lambda: plan.refresh({"x": torch.ones(3)}),
+    ):
+        with nothing_written(model["x"]), pytest.raises(TypeError, match="takes no source"):
+            call()
+
+
+def test_the_model_of_a_plan_of_writes_is_gone(backend: str) -> None:
+    model = nn.Linear(2, 2)
+    with paramkit.writes(model) as w:
+        w["weight"][0, 0] = 1.0
+    plan = w.plan
+    del model, w
+    gc.collect()
+    with pytest.raises(PlanError, match="no longer exists"):
+        plan.refresh()
