@@ -20,7 +20,18 @@ import pytest
 import torch
 
 import paramkit
-from benchmarks import compare, matrix, memory, plain, publish, rounds, streaming, table, text
+from benchmarks import (
+    compare,
+    matrix,
+    memory,
+    plain,
+    publish,
+    rounds,
+    streaming,
+    table,
+    text,
+    threads,
+)
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES, GROUPS, Case, Work, experts, fused, models, verify
 from benchmarks.cases.casts import DTYPES, QUICK
@@ -789,6 +800,16 @@ def test_streaming_is_forced_and_put_back() -> None:
         {"rows": [found], "crossover": {"rows": None}, "machine": whole()["machine"]}
     )
     assert "rows: streaming wins at no size" in shown
+
+
+# --- threads --------------------------------------------------------------------------------------
+
+
+def test_threads_beside_one() -> None:
+    found = threads.measure(3, "100 x 64", rounds.TINY)
+    assert found["threads"] > 0
+    shown = threads.table({"rows": [found], "machine": whole()["machine"]})
+    assert "100 x 64" in shown and "less than 0.9 kept" in shown
 
 
 # --- the command line -----------------------------------------------------------------------------
