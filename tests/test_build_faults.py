@@ -454,6 +454,21 @@ def test_a_disk_that_is_full_from_the_start(quick: QuickCompiler, small_disk: Pa
 
 
 @pytest.mark.slow
+def test_sources_that_change_meanwhile(tmp_path: Path) -> None:
+    """The binary would be of neither; it must not pass for one of the sources as they are now."""
+    project = Project(tmp_path)
+    compiler = tmp_path / "g++"
+    compiler.write_text(
+        f'#!/bin/sh\ncase "$*" in *-c*) echo "// changed" >> {project.source};; esac\nexec c++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    status, output = project.build(CXX=str(compiler))
+    assert status == 1 and "changed while they were compiled" in output, output
+    assert not project.binaries()
+    assert project.build()[0] == 0
+
+
+@pytest.mark.slow
 def test_the_compiler_cannot_write(tmp_path: Path) -> None:
     """A limit on the size of files, as a full disk for the compiler's own output."""
     project = Project(tmp_path)

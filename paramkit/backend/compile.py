@@ -221,15 +221,21 @@ def _compile_here(out: str, temp: str) -> None:
     command.build_lib = out
     command.build_temp = temp
     command.ensure_finalized()
+    version = str(torch.__version__)
+    digest = sources.source_hash(csrc, version)
     command.run()
+    if sources.source_hash(csrc, version) != digest:
+        raise SystemExit(
+            "error: the C++ sources were changed while they were compiled: build again"
+        )
     binary = Path(out) / sources.BINARY_NAME
     sources.write_record(
         Path(out) / sources.RECORD_NAME,
         {
             "result": "built",
-            "torch": str(torch.__version__),
+            "torch": version,
             "python": sources.PYTHON_TAG,
-            "source_hash": sources.source_hash(csrc, str(torch.__version__)),
+            "source_hash": digest,
             "sha256": sources.file_digest(binary),
             "compiler": compiler,
             "flags": flags,
