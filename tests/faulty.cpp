@@ -111,6 +111,7 @@ void faulty_new(int64_t n, uintptr_t begin, uintptr_t end) {
   to = end;
   until_new = n;
 }
+int64_t faulty_new_left() { return until_new; }
 // The n-th aligned allocation of at least so many bytes: those of torch's tensors on the CPU.
 void faulty_aligned(int64_t n, size_t least) {
   failed = false;

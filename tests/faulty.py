@@ -65,6 +65,7 @@ class Faults:
         self._library.faulty_reads.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_int64]
         self._library.faulty_reads_hit.restype = ctypes.c_uint64
         self._library.faulty_reads_seen.restype = ctypes.c_uint64
+        self._library.faulty_new_left.restype = ctypes.c_int64
         self._library.faulty_failed.restype = ctypes.c_bool
 
     @contextmanager
@@ -92,6 +93,14 @@ class Faults:
         """
         begin, end = _mapped(module)
         yield from self._each(lambda n: self._library.faulty_new(n, begin, end), most)
+
+    def count_new(self, module: str, call: Callable[[], object]) -> int:
+        """How many allocations a call needs of a library's own code."""
+        self._library.faulty_new(1 << 40, *_mapped(module))
+        call()
+        left = int(self._library.faulty_new_left())
+        self.disarm()
+        return (1 << 40) - left
 
     def each_tensor(self, least: int, most: int = 10_000) -> Iterator[Callable[[], object]]:
         """The same for the memory of tensors of at least so many bytes."""

@@ -91,7 +91,7 @@ with paramkit.backend.force(backend):
 """
 
 
-@pytest.mark.parametrize("backend", ["native", "cpu"])
+@pytest.mark.parametrize("backend", [pytest.param("native", marks=pytest.mark.slow), "cpu"])
 def test_reads_that_come_short_are_interrupted_or_fail(tmp_path: Path, backend: str) -> None:
     need_extension()
     rows = [

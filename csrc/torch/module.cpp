@@ -29,8 +29,9 @@ using paramkit::Plan;
 
 std::vector<int64_t> integers(const py::handle& sequence) { return sequence.cast<std::vector<int64_t>>(); }
 
-std::unique_ptr<Plan> make_plan(std::vector<at::Tensor> dsts, std::vector<at::Tensor> srcs, const py::sequence& writes,
-                                const py::sequence& slots, bool follow_autograd, bool ordered) {
+// A plain pointer, since pybind11 frees the object of a smart one twice if it has no memory to register it.
+Plan* make_plan(std::vector<at::Tensor> dsts, std::vector<at::Tensor> srcs, const py::sequence& writes,
+                const py::sequence& slots, bool follow_autograd, bool ordered) {
   std::vector<Plan::Write> all_writes;
   all_writes.reserve(py::len(writes));
   for (const py::handle item : writes) {
@@ -44,8 +45,8 @@ std::unique_ptr<Plan> make_plan(std::vector<at::Tensor> dsts, std::vector<at::Te
     const auto slot = py::reinterpret_borrow<py::sequence>(item);
     all_slots.push_back({slot[0], slot[1], slot[2]});
   }
-  return std::make_unique<Plan>(std::move(dsts), std::move(srcs), std::move(all_writes), std::move(all_slots),
-                                follow_autograd, ordered);
+  return new Plan(std::move(dsts), std::move(srcs), std::move(all_writes), std::move(all_slots), follow_autograd,
+                  ordered);
 }
 
 std::vector<std::string> capabilities() {
@@ -142,6 +143,35 @@ std::unique_ptr<HeldClaim> claim_of(const Plan& plan, const std::string& what) {
   return std::make_unique<HeldClaim>(plan, doing(what));
 }
 
+// The plan of a Python object, null as long as it is being made.
+Plan* plan_of(PyObject* self) {
+  const auto* instance = reinterpret_cast<py::detail::instance*>(self);
+  const bool made = instance->simple_layout && instance->simple_holder_constructed;
+  return made ? static_cast<Plan*>(instance->simple_value_holder[0]) : nullptr;
+}
+
+int traverse_plan(PyObject* self, visitproc visit, void* arg) {
+  Py_VISIT(Py_TYPE(self));
+  const Plan* plan = plan_of(self);
+  if (plan == nullptr) return 0;
+  for (const Plan::Slot& slot : plan->slots()) {
+    Py_VISIT(slot.table.ptr());
+    Py_VISIT(slot.value.ptr());
+  }
+  return 0;
+}
+
+int clear_plan(PyObject* self) {
+  if (Plan* plan = plan_of(self)) plan->forget_slots();
+  return 0;
+}
+
+void collect_plans(PyHeapTypeObject* type) {
+  type->ht_type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type->ht_type.tp_traverse = traverse_plan;
+  type->ht_type.tp_clear = clear_plan;
+}
+
 }  // namespace
 
 // Needs the GIL: plans, recorders and tables have no locks of their own. A free-threaded Python turns it on.
@@ -181,7 +211,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, py::mod_gil_not_used(false)) {
   m.def("read_rows", &read_file_rows);
   m.def("patch_torch", torch::wrap_pybind_function(&paramkit::patch_torch));
   m.def("torch_version", [] { return std::string(TORCH_VERSION); });
-  py::class_<Plan>(m, "Plan")
+  py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_plans))
       .def(py::init(&make_plan))
       .def("families", &Plan::families)
       .def("replaced", &Plan::replaced)

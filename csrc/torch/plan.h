@@ -6,6 +6,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/task.h"
@@ -57,6 +58,10 @@ class Plan : public Claimant {
   const std::vector<at::Tensor>& destinations() const { return dsts_; }
   const std::vector<at::Tensor>& sources() const { return srcs_; }
   const std::vector<Write>& writes() const { return writes_; }
+
+  // For the garbage collector: a module that is part of the model may hold the plan.
+  const std::vector<Slot>& slots() const { return slots_; }
+  void forget_slots() { const auto forgotten = std::exchange(slots_, {}); }
 
   // Takes new sources by name, one for each of sources(). True, and nothing taken, if one is missing,
   // is no plain tensor, has another shape, dtype, device or strides, or may share memory with a

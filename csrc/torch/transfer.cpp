@@ -21,6 +21,11 @@ namespace {
 constexpr int64_t kAlign = 64;
 int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
+// The device's side of a slot. One for a run: what is put into the stream uses it in turn.
+at::Tensor device_side(const Ring::Hold& ring, int64_t total, int where) {
+  return devices::device_memory(std::min(ring.slot_bytes(), total), where);
+}
+
 }  // namespace
 
 bool Transfer::add(char* dst, const char* src, Type to, Type from, const Dim* loops, int rank) {
@@ -110,7 +115,10 @@ void Transfer::check() const {
               "a copy between pageable host memory and a CUDA device cannot be captured in a graph: its host memory "
               "would be read once, not at every replay. Copy before the capture, or from pinned memory with torch");
   const ReleaseGil released(true);
-  Ring::Hold(largest_, bytes_of(0, pieces_.size())).reserve();
+  Ring::Hold ring(largest_, bytes_of(0, pieces_.size()));
+  ring.reserve();
+  // Given back, torch's allocator has it for the run.
+  (void)device_side(ring, bytes_of(0, pieces_.size()), where_);
 }
 
 // In slots.
@@ -145,6 +153,8 @@ void Transfer::run_to_device(size_t first, size_t last, bool non_blocking) const
     before.set(where_);
     before.wait();
   }
+  const at::Tensor there = device_side(ring, bytes_of(first, last), where_);
+  const auto* const arrived = static_cast<const char*>(there.const_data_ptr());
   Program gather, scatter;
   while (first < last) {
     char* const slot = ring.next();
@@ -155,11 +165,8 @@ void Transfer::run_to_device(size_t first, size_t last, bool non_blocking) const
       bytes = aligned(bytes) + pieces_[next].bytes;
     }
     run_on_host(gather, 0, gather.tasks.size(), true);
-    // The memory is the stream's: the allocator gives the same block again for the next slot.
-    const at::Tensor there = devices::device_memory(bytes, where_);
-    there.copy_(ring.tensor(bytes), /*non_blocking=*/true);
+    there.narrow(0, 0, bytes).copy_(ring.tensor(bytes), /*non_blocking=*/true);
     ring.used_by(where_);
-    const auto* const arrived = static_cast<const char*>(there.const_data_ptr());
     int64_t at = 0;
     for (size_t i = first; i < next; ++i) {
       from_slot(pieces_[i], arrived + aligned(at), scatter);
@@ -179,6 +186,8 @@ void Transfer::run_to_device(size_t first, size_t last, bool non_blocking) const
 
 void Transfer::run_to_host(size_t first, size_t last) const {
   Ring::Hold ring(largest_, bytes_of(first, last));
+  const at::Tensor here = device_side(ring, bytes_of(first, last), where_);
+  auto* const gathered = static_cast<char*>(here.mutable_data_ptr());
   Program gather;
   // What was sent into each slot, and is to be scattered from it.
   struct Sent {
@@ -202,15 +211,13 @@ void Transfer::run_to_host(size_t first, size_t last) const {
       from_slot(pieces_[next], slot + aligned(bytes), sent.scatter);
       bytes = aligned(bytes) + pieces_[next].bytes;
     }
-    const at::Tensor here = devices::device_memory(bytes, where_);
-    auto* const gathered = static_cast<char*>(here.mutable_data_ptr());
     int64_t at = 0;
     for (size_t i = first; i < next; ++i) {
       to_slot(pieces_[i], gathered + aligned(at), gather);
       at = aligned(at) + pieces_[i].bytes;
     }
     devices::run(gather, 0, gather.tasks.size(), where_, true);
-    ring.tensor(bytes).copy_(here, /*non_blocking=*/true);
+    ring.tensor(bytes).copy_(here.narrow(0, 0, bytes), /*non_blocking=*/true);
     ring.used_by(where_);
     devices::count_staged(bytes);
     under_way.push_back(std::move(sent));
