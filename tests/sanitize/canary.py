@@ -73,7 +73,7 @@ def check(sanitizer: Sanitizer, library: Path, logs: Path, built: Iterable[str])
     assert started, f"no canary for {sanitizer.name}"
     wrong = []
     for canary, log, process in started:
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=900)
         reports = sanitizer.reports(log)
         if "left out" in output and process.returncode == 0:
             continue

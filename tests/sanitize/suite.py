@@ -11,7 +11,9 @@ LEFT_OUT = (
     *("benchmarks", "benchmarks_distributed", "gpu_benchmark", "gpu_script"),
     *("build", "cuda_build", "backend", "sanitizers", "docs", "demo", "examples"),
     *("patterns", "regions", "boxes", "resolve", "rules", "rulefile", "suggestions", "sharding"),
-    *("cli_inspect", "cli_process", "explain"),
+    *("cli_inspect", "cli_process", "explain", "types", "references", "wheel", "build_faults"),
+    # A program with sanitizers of its own; and resident memory, which ASan holds on to.
+    *("fuzz_core", "leaks"),
 )
 
 FILES = tuple(
