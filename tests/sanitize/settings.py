@@ -111,7 +111,8 @@ SANITIZERS = {
             "UBSAN_OPTIONS",
             "abort_on_error=1:print_stacktrace=1:suppressions={here}/undefined.supp",
             ("runtime error:",),
-            flags=("-fno-sanitize-recover=all",),
+            # Python's own flags have -fwrapv: an overflow would be defined, and none reported.
+            flags=("-fno-sanitize-recover=all", "-fno-wrapv"),
         ),
         Sanitizer(
             "thread",
