@@ -20,7 +20,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq install
 KEEP_TORCH := -c $(STAMPS)/constraints.txt
 say = @printf '\033[1m==>\033[0m %s\n'
 
-.PHONY: help demo test slow fuzz sanitize coverage bench bench-distributed bench-dropin gpu docs lint format build wheel clean distclean force
+.PHONY: help demo test slow fuzz checks sanitize coverage bench bench-distributed bench-dropin gpu docs lint format build wheel clean distclean force
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -44,6 +44,10 @@ slow: $(STAMPS)/test $(STAMPS)/extension ## the exhaustive tests: every 32-bit v
 	@$(PY) -m pytest -m slow $(ARGS)
 
 # Builds of their own, in build/sanitize: the normal binary stays as it is.
+checks: $(STAMPS)/test ## take out each check before a write in turn: a test must fail
+	$(say) 'checks, one by one'
+	@$(PY) tools/remove_checks.py $(ARGS)
+
 sanitize: $(STAMPS)/test ## ASan, UBSan, TSan over the suite; SANITIZERS=address, TESTS=tests/test_ops.py
 	$(say) 'sanitizers: canaries first, then the suite'
 	@$(PY) -m tests.sanitize --sanitizers '$(or $(SANITIZERS),address undefined thread)' --tests '$(TESTS)' -- $(ARGS)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import paramkit
 from paramkit import PlanError, Rule
 from paramkit.patterns import Mismatch, compile_side, infer, parse_at
+from paramkit.patterns import compile as compile_pattern
 from paramkit.shapes import infer_destinations
 from paramkit.stacking import bound_pins
+from tests.conftest import need_extension
 from tests.guards import nothing_written
 
 
@@ -57,6 +63,38 @@ def test_at_is_short() -> None:
 def test_overflow_is_one_of_two(overflow: Any) -> None:
     with pytest.raises(ValueError, match="overflow must be"):
         paramkit.plan({"x": torch.zeros(1)}, {"x": torch.ones(1)}, overflow=overflow)
+
+
+def test_two_placeholders_side_by_side() -> None:
+    with pytest.raises(ValueError, match="two placeholders side by side"):
+        Rule("x.{a}{b}.w", "y.{a}.{b}.w")
+
+
+def test_at_names_an_axis_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match='at names axis s, which "i -> i" does not have'):
+        Rule("x", "y", "i -> i", at={"s": 0})
+
+
+@pytest.mark.parametrize("value", [None, "1", [1.0], object()])
+def test_recorded_values_of_another_type(backend: str, value: Any) -> None:
+    model = {"x": torch.zeros(2)}
+    with (
+        nothing_written(model["x"]),
+        pytest.raises(TypeError, match="expected a number or a tensor"),
+        paramkit.writes(model) as w,
+    ):
+        w["x"][0] = value
+
+
+def test_handles_delete_nothing(backend: str) -> None:
+    model = {"x": torch.zeros(2)}
+    recorder = paramkit.writes(model)
+    with (
+        nothing_written(model["x"]),
+        recorder as w,
+        pytest.raises(TypeError, match="support item deletion"),
+    ):
+        del w["x"][0]
 
 
 # Patterns and shapes.
@@ -191,3 +229,112 @@ def test_the_model_of_a_plan_of_writes_is_gone(backend: str) -> None:
     gc.collect()
     with pytest.raises(PlanError, match="no longer exists"):
         plan.refresh()
+
+
+# What other checks would raise as well, later or under another name.
+
+
+def test_a_conversion_that_torch_does_not_have(backend: str) -> None:
+    """In a list it is known before the first write; in a plan it is a finding."""
+    good, bad, shell = torch.zeros(3), torch.zeros(3), torch.empty(3, dtype=torch.bits8)
+    with nothing_written(good, bad), pytest.raises(NotImplementedError):
+        paramkit.foreach_copy_([good, bad], [torch.ones(3), shell])
+    with nothing_written(good, bad):
+        got = findings(lambda: paramkit.plan([good, bad], [torch.ones(3), shell]).apply())
+    assert [kind for _, kind in got] == ["dtype"]
+    with nothing_written(good):
+        assert findings(lambda: paramkit.plan({"x": good}, {"x": shell}, casting="unsafe")) == [
+            ("x", "dtype")
+        ]
+
+
+def test_a_new_source_of_other_names_and_types(backend: str) -> None:
+    model = {"x": torch.zeros(2)}
+    plan = paramkit.plan(model, {"x": torch.ones(2)})
+    for source, expected in (
+        ({}, ("x", "missing")),
+        ({"x": torch.ones(2), "y": torch.ones(2)}, ("y", "unexpected")),
+        ({"x": 3}, ("x", "type")),
+    ):
+        with nothing_written(model["x"]):
+            assert findings(lambda s=source: plan.apply(s)) == [expected]
+
+
+def test_a_module_whose_values_come_from_a_hook(backend: str) -> None:
+    """As accelerate leaves one that it offloads, without accelerate."""
+    model = nn.Linear(2, 2)
+    model._hf_hook = SimpleNamespace(offload=True)  # type: ignore[assignment]
+    source = {k: torch.ones_like(v) for k, v in model.state_dict().items()}
+    with nothing_written(model.weight, model.bias):
+        got = findings(lambda: paramkit.transplant(model, source))
+    assert got == [("weight", "hook"), ("bias", "hook")]
+
+
+def test_a_model_with_what_is_no_tensor(backend: str) -> None:
+    assert findings(lambda: paramkit.plan({"x": 3, 4: torch.zeros(1)}, {})) == [  # type: ignore[dict-item]
+        ("x", "type"),
+        ("4", "type"),
+    ]
+
+
+def test_loading_into_what_is_no_module(backend: str) -> None:
+    with pytest.raises(TypeError, match=r"must be an nn\.Module, got dict"):
+        paramkit.load_state_dict({}, {})  # type: ignore[arg-type]
+
+
+def test_fake_destinations(backend: str) -> None:
+    with FakeTensorMode():
+        fake = torch.zeros(2)
+    assert findings(lambda: paramkit.plan({"x": fake}, {"x": torch.ones(2)})) == [("x", "meta")]
+
+
+def test_a_range_that_needs_a_size_that_nothing_tells() -> None:
+    with pytest.raises(Mismatch, match="needs the size of r"):
+        compile_pattern("i -> s i", {"s": "0:r"}, {}, (3,), (1,), (4, 3), (3, 1))
+
+
+# The extension itself, called as no front-end does.
+
+
+def test_inference_tensors_are_named(backend: str) -> None:
+    with torch.inference_mode():
+        made = torch.zeros(2)
+    good = torch.zeros(2)
+    with (
+        nothing_written(good, made),
+        pytest.raises(RuntimeError, match=r"dsts\[1\] is an inference"),
+    ):
+        paramkit.foreach_copy_([good, made], [torch.ones(2), torch.ones(2)])
+
+
+def test_lists_of_the_dispatchers_operators(compiled: str) -> None:
+    for dsts, srcs in (([torch.zeros(1)], []), ([], [torch.zeros(1)])):
+        with pytest.raises(RuntimeError, match="same length"):
+            torch.ops.paramkit.foreach_copy_(dsts, srcs)
+
+
+@pytest.mark.parametrize("name", ["copy_", "fill_", "foreach_copy_", "foreach_fill_"])
+def test_the_extension_counts_its_arguments(name: str) -> None:
+    need_extension()
+    expected = pytest.raises(TypeError, match=rf"{name}: expected \d arguments, got 0")
+    with paramkit.backend.force("cpu") as extension, expected:
+        getattr(extension, name)()
+
+
+def test_the_extensions_plan_counts_its_names(compiled: str) -> None:
+    plan = paramkit.plan({"x": torch.zeros(2)}, {"x": torch.ones(2)})
+    with pytest.raises(RuntimeError, match="rebind: expected 1 names, got 0"):
+        plan._compiled.rebind({}, [])  # type: ignore[union-attr]
+
+
+def test_the_extensions_recorder_counts_its_arguments(compiled: str) -> None:
+    recorder = paramkit.writes({"x": torch.zeros(2)})
+    with pytest.raises(TypeError, match="_open: expected 2 arguments, got 0"):
+        recorder._open()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("copied", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_plans_are_not_copied(backend: str, copied: Callable[[object], object]) -> None:
+    plan = paramkit.plan({"x": torch.zeros(2)}, {"x": torch.ones(2)})
+    with pytest.raises(TypeError, match="cannot be pickled or copied"):
+        copied(plan)
