@@ -6,6 +6,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 ARGS ?=
+# Processes that run the tests; each file's tests stay together.
+JOBS ?= 2
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -27,7 +29,7 @@ help: ## this list
 	@echo 'paramkit: make TARGET'
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
 	  printf '  %-18s %s\n' $$name "$$text"; done
-	@echo 'settings (make TARGET NAME=value): PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV) ARGS=...'
+	@echo 'settings (make TARGET NAME=value): PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV) JOBS=$(JOBS) ARGS=...'
 	@echo 'environment: PARAMKIT_BUILD=auto|require|off, PARAMKIT_CUDA=auto|require|off, CXX, MAX_JOBS, DEBUG=1,'
 	@echo '  CUDA_HOME, TORCH_CUDA_ARCH_LIST'
 
@@ -37,7 +39,7 @@ demo: $(STAMPS)/demo $(STAMPS)/extension ## transplant a real sentence encoder, 
 
 test: $(STAMPS)/test $(STAMPS)/extension ## the whole suite, on every backend this machine has
 	$(say) 'tests'
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 slow: $(STAMPS)/test $(STAMPS)/extension ## the exhaustive tests: every 32-bit value, many random views
 	$(say) 'slow tests'

@@ -169,7 +169,7 @@ def test_output_that_nobody_reads_to_its_end(tmp_path: Path) -> None:
 def on_a_terminal(*argv: object) -> str:
     """What the command writes to a terminal on stderr."""
     master, slave = pty.openpty()
-    environ = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    environ = {**os.environ, "TERM": "xterm", "COLUMNS": "200"}
     process = command(*argv, code=SLOW, stderr=slave, env=environ)
     os.close(slave)
     seen = b""

@@ -179,6 +179,8 @@ for name, make in ALL.items():
         made = (same.destinations(), same.sources(), same.writes(), [], True, False)
         count = faults.count_new(module, lambda: paramkit.backend.active().Plan(*made))
         arms = itertools.islice(arms, count - 1)
+    if name == "progress":
+        arms = ()  # its only ones make a claim, which pybind11 registers
     print(name, *swept(make, arms), sep="\\t", flush=True)
 """
 )
