@@ -22,5 +22,12 @@ FILES = tuple(
     if path.stem.removeprefix("test_") not in LEFT_OUT
 )
 
-# By sanitizer: (test, why it cannot run there).
-NOT_HERE: dict[str, tuple[tuple[str, str], ...]] = {}
+# By sanitizer: (how the test's name begins, why it cannot run there).
+NOT_HERE: dict[str, tuple[tuple[str, str], ...]] = {
+    "thread": (
+        (
+            "tests/test_concurrency.py::test_many_threads_at_one_model[cpu-without",
+            "a race on purpose, with waiting switched off: TSan does report it",
+        ),
+    ),
+}
