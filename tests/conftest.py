@@ -88,10 +88,7 @@ def compiled() -> Iterator[str]:
         yield "cpu"
 
 
-PATCHED = ("native", "cpu", *(["patched"] if hasattr(paramkit, "patch_torch") else []))
-
-
-@pytest.fixture(params=PATCHED)
+@pytest.fixture(params=["native", "cpu", "patched"])
 def patched(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test on torch's own calls, on the extension, and with torch patched; the value is which."""
     if request.param == "native":
