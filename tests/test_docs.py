@@ -36,7 +36,10 @@ PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 # Pages without a Python block: there the commands are checked, or what they show comes from elsewhere.
 WITHOUT_PYTHON = {
     f"docs/{name}.md"
-    for name in ("index", "install", "command-line", "environment", "benchmarks", "results", "api")
+    for name in (
+        *("index", "install", "command-line", "environment", "benchmarks", "results", "api"),
+        "trust",
+    )
 }
 DOCUMENTS = ("README.md", *(page for page in PAGES if page not in WITHOUT_PYTHON))
 ALL = ("README.md", *PAGES, "CONTRIBUTING.md", "benchmarks/results/README.md")
