@@ -88,7 +88,10 @@ def compiled() -> Iterator[str]:
         yield "cpu"
 
 
-@pytest.fixture(params=["native", "cpu", "patched"])
+PATCHED = ("native", "cpu", "patched")
+
+
+@pytest.fixture(params=PATCHED)
 def patched(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test on torch's own calls, on the extension, and with torch patched; the value is which."""
     if request.param == "native":

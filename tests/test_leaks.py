@@ -306,8 +306,6 @@ def test_a_planted_leak_is_found(compiled: str, tmp_path: Path) -> None:
         with pytest.raises(AssertionError):
             found.assert_flat()
         assert found.blocks > cycles / 2 or found.malloc > 16 * cycles, (what, found)
-        # Tuples and tensors fill gaps for a while, if earlier tests have left some.
-        assert what != "a plan" or found.resident > 64 * cycles, (what, found)
     kept.clear()
     file = tmp_path / "file"
     file.touch()
