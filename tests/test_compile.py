@@ -30,6 +30,7 @@ from tests.guards import (
     outcome,
     place,
 )
+from tests.torch_ops import TorchOps
 
 
 @pytest.fixture(autouse=True)
@@ -37,23 +38,6 @@ def _no_compiled_code_stays() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-class TorchOps:
-    """The reference."""
-
-    copy_ = staticmethod(Tensor.copy_)
-    fill_ = staticmethod(Tensor.fill_)
-
-    @staticmethod
-    def foreach_copy_(dsts: list[Tensor], srcs: list[Tensor]) -> None:
-        for dst, src in zip(dsts, srcs, strict=True):
-            dst.copy_(src)
-
-    @staticmethod
-    def foreach_fill_(dsts: list[Tensor], values: list[Any]) -> None:
-        for dst, value in zip(dsts, values, strict=True):
-            dst.fill_(value)
 
 
 # --- programs: `f(ops, a, s)` with a [4, 6] and s [6], both inside guarded storages ---------------

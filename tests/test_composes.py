@@ -22,6 +22,7 @@ from torch.optim import swa_utils
 import paramkit
 from paramkit import Rule
 from tests.guards import assert_same_bits, nothing_written, outcome, watch
+from tests.torch_ops import TorchOps
 
 pytestmark = pytest.mark.usefixtures("patched")
 
@@ -99,23 +100,6 @@ def written(name: str, ops: Any) -> Callable[[Tensor], Tensor]:
         return (first.sin() * second + x).sum()
 
     return function
-
-
-class TorchOps:
-    """The same calls in torch."""
-
-    copy_ = staticmethod(Tensor.copy_)
-    fill_ = staticmethod(Tensor.fill_)
-
-    @staticmethod
-    def foreach_copy_(dsts: list[Tensor], srcs: list[Tensor]) -> None:
-        for dst, src in zip(dsts, srcs, strict=True):
-            dst.copy_(src)
-
-    @staticmethod
-    def foreach_fill_(dsts: list[Tensor], values: list[Any]) -> None:
-        for dst, value in zip(dsts, values, strict=True):
-            dst.fill_(value)
 
 
 TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor]], Any]] = {

@@ -577,7 +577,8 @@ def test_another_librarys_kernel_is_not_hidden() -> None:
     done = python(
         """
         import torch, paramkit
-        library = torch.library.Library("aten", "IMPL")
+        from torch import library as registry
+        library = registry.Library("aten", "IMPL")
         library.impl("copy_", lambda dst, src, non_blocking=False: dst, "CPU")
         original = torch.nn.Module.load_state_dict
         try:

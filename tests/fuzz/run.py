@@ -41,9 +41,7 @@ def available() -> list[str]:
             names = [f"cpu:{name}" for name in CAPABILITIES if name in extension.capabilities()]
     except paramkit.backend.BackendError:
         return [NATIVE]
-    if hasattr(paramkit, "patch_torch"):
-        names.append(PATCHED)
-    return [NATIVE, *names]
+    return [NATIVE, *names, PATCHED]
 
 
 @dataclass
