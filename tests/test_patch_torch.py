@@ -608,3 +608,26 @@ def test_bits_of_a_large_copy() -> None:
         assert routes(lambda: dst.copy_(source[1:].view(3_000_000, 3)))
     assert torch.equal(dst.flatten(), source[1:])
     assert bits(dst).numel() == 36_000_000
+
+
+def test_long_list_with_many_copies_for_torch() -> None:
+    """Batches that end, begin small and grow again, in order."""
+
+    def run() -> list[Tensor]:
+        memory = torch.zeros(600, 5)
+        dsts = list(memory.unbind())
+        srcs = [torch.full((5,), float(i)) for i in range(600)]
+        for i in (*range(0, 90, 2), 91, 92, 300):
+            srcs[i] = (torch.arange(5.0) * 1j * i).conj().imag  # carries the negative bit
+        for i in range(400, 600, 7):
+            srcs[i] = dsts[i - 1]  # written before
+        torch._foreach_copy_(dsts, srcs)
+        return dsts
+
+    expected = run()
+    with paramkit.patch_torch():
+        got: list[Tensor] = []
+        taken = routes(lambda: got.extend(run()))
+    assert sum(taken.values()) > 500
+    for mine, theirs in zip(got, expected, strict=True):
+        assert_same_bits(mine, theirs)

@@ -15,6 +15,7 @@
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <exception>
 #include <mutex>
@@ -36,6 +37,9 @@ std::atomic<bool> patched{false};
 // Smaller writes stay with torch: finding out that the kernels take them costs what they would gain. Also
 // what ends the recursion where the library itself asks torch to write an element.
 constexpr size_t kLeastBytes = 512;
+
+// Of a list's copies, how many are looked at together after one that is torch's.
+constexpr size_t kFewest = 8;
 
 bool worthwhile(const Tensor& dst) {
   return patched.load(std::memory_order_relaxed) && dst.defined() && dst.has_storage() && dst.nbytes() >= kLeastBytes;
@@ -106,15 +110,23 @@ void foreach_copy_(TensorList dsts, TensorList srcs, bool non_blocking) {
   if (!patched.load(std::memory_order_relaxed) || dsts.empty() || dsts.size() != srcs.size()) {
     return at::native::foreach_tensor_copy_list_kernel_slow_(dsts, srcs, non_blocking);
   }
-  // As torch's loop: in order, and what comes before an error is written.
+  // As torch's loop: in order, and what comes before an error is written. A copy that is torch's ends a batch;
+  // after that batches begin small, or a list of such copies would be looked at again from each of them.
   const Batch::Autograd autograd = layer();
-  for (size_t i = 0; i < dsts.size(); ++i) {
-    i += copy_first(dsts.slice(i), srcs.slice(i), autograd);
-    if (i == dsts.size()) return;
-    if (dsts[i].defined() && learn_conversion(dsts[i], srcs[i])) {
-      i += copy_first(dsts.slice(i), srcs.slice(i), autograd);
-    }
-    if (i < dsts.size()) dsts[i].copy_(srcs[i], non_blocking);
+  size_t most = dsts.size();
+  const auto copy = [&](size_t first) {
+    const size_t n = std::min(most, dsts.size() - first);
+    const size_t done = copy_first(dsts.slice(first, n), srcs.slice(first, n), autograd);
+    most = done == n ? 2 * n : kFewest;
+    return done;
+  };
+  for (size_t i = 0; i < dsts.size();) {
+    const size_t done = copy(i);
+    i += done;
+    if (done > 0 || i == dsts.size()) continue;
+    if (dsts[i].defined() && learn_conversion(dsts[i], srcs[i])) continue;
+    dsts[i].copy_(srcs[i], non_blocking);
+    ++i;
   }
 }
 
