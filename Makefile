@@ -52,7 +52,7 @@ checks: $(STAMPS)/test ## take out each check before a write in turn: a test mus
 
 sanitize: $(STAMPS)/test ## ASan, UBSan, TSan over the suite; SANITIZERS=address, TESTS=tests/test_ops.py
 	$(say) 'sanitizers: canaries first, then the suite'
-	@$(PY) -m tests.sanitize --sanitizers '$(or $(SANITIZERS),address undefined thread)' --tests '$(TESTS)' -- $(ARGS)
+	@$(PY) -m tests.sanitize --sanitizers '$(or $(SANITIZERS),address undefined thread)' --tests '$(TESTS)' --jobs $(JOBS) -- $(ARGS)
 
 LISTS ?= 2000000
 SEED ?= 0

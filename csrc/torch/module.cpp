@@ -4,7 +4,6 @@
 #include <torch/version.h>
 
 #include <cerrno>
-#include <optional>
 
 #include "core/task.h"
 #include "cpu/capability.h"
@@ -12,6 +11,7 @@
 #include "torch/batch.h"
 #include "torch/claims.h"
 #include "torch/devices.h"
+#include "torch/held_claim.h"
 #include "torch/load_state_dict.h"
 #include "torch/patch.h"
 #include "torch/plan.h"
@@ -105,44 +105,6 @@ int64_t read_file_rows(int fd, int64_t offset, int64_t file_stride, int64_t rows
   throw py::error_already_set();
 }
 
-// A claim as a context manager, for writes of several calls. It holds no tensor: a plan of lists looks who does.
-class HeldClaim : public paramkit::Claimant {
- public:
-  HeldClaim(const paramkit::Claimant& whose, paramkit::Doing doing) : whose_(&whose), doing_(doing) {}
-  HeldClaim(paramkit::Extent extent, paramkit::Doing doing) : own_(std::move(extent)), doing_(doing) {}
-  ~HeldClaim() = default;
-  HeldClaim(const HeldClaim&) = delete;
-  HeldClaim& operator=(const HeldClaim&) = delete;
-
-  void enter() { claim_.emplace(true, *this, doing_); }
-  void leave() { claim_.reset(); }
-
-  const paramkit::Extent& extent() const override { return whose_ != nullptr ? whose_->extent() : own_; }
-
- private:
-  const paramkit::Claimant* whose_ = nullptr;
-  paramkit::Extent own_;
-  paramkit::Doing doing_;
-  std::optional<paramkit::Claim> claim_;
-};
-
-paramkit::Doing doing(const std::string& name) {
-  if (name == "write") return paramkit::Doing::Write;
-  if (name == "compare") return paramkit::Doing::Compare;
-  if (name == "exchange") return paramkit::Doing::Exchange;
-  throw py::value_error("claim: got '" + name + "', expected 'write', 'compare' or 'exchange'");
-}
-
-std::unique_ptr<HeldClaim> make_claim(const std::vector<at::Tensor>& dsts, const std::vector<at::Tensor>& srcs,
-                                      const std::string& what) {
-  return std::make_unique<HeldClaim>(paramkit::Extent{paramkit::ranges_of(dsts), paramkit::ranges_of(srcs)},
-                                     doing(what));
-}
-
-std::unique_ptr<HeldClaim> claim_of(const Plan& plan, const std::string& what) {
-  return std::make_unique<HeldClaim>(plan, doing(what));
-}
-
 // The plan of a Python object, null as long as it is being made.
 Plan* plan_of(PyObject* self) {
   const auto* instance = reinterpret_cast<py::detail::instance*>(self);
@@ -183,6 +145,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, py::mod_gil_not_used(false)) {
   paramkit::prepare_claims();
   if (PyModule_AddFunctions(m.ptr(), paramkit::kOperators) != 0) throw py::error_already_set();
   paramkit::add_recorder(m.ptr());
+  paramkit::add_claim(m.ptr());
   m.def("capability", [] { return std::string(paramkit::cpu::active().name); });
   m.def("capabilities", &capabilities);
   m.def("set_capability", &set_capability);
@@ -204,10 +167,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, py::mod_gil_not_used(false)) {
     return before;
   });
   m.def("set_claims", &paramkit::set_claims);
-  py::class_<HeldClaim>(m, "Claim")
-      .def(py::init(&make_claim), py::arg("dsts"), py::arg("srcs"), py::arg("doing") = "write")
-      .def("__enter__", torch::wrap_pybind_function([](HeldClaim& claim) { claim.enter(); }))
-      .def("__exit__", [](HeldClaim& claim, const py::args&) { claim.leave(); });
   m.def("read_rows", &read_file_rows);
   m.def("patch_torch", torch::wrap_pybind_function(&paramkit::patch_torch));
   m.def("torch_version", [] { return std::string(TORCH_VERSION); });
@@ -235,6 +194,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, py::mod_gil_not_used(false)) {
       .def("exchange", torch::wrap_pybind_function([](Plan& plan) { return plan.exchange(); }))
       .def("exchange_back", torch::wrap_pybind_function([](Plan& plan) { return plan.exchange_back(); }))
       .def("exchanges", &Plan::exchanges)
-      .def("claim", &claim_of, py::arg("doing") = "write", py::keep_alive<0, 1>())
+      .def(
+          "claim",
+          [](const py::handle& self, const std::string& doing) {
+            return py::reinterpret_steal<py::object>(paramkit::claim_of(self.ptr(), self.cast<const Plan&>(), doing));
+          },
+          py::arg("doing") = "write")
       .def("verify", &Plan::verify);
 }

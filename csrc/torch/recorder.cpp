@@ -17,6 +17,7 @@
 #include "torch/batch.h"
 #include "torch/claims.h"
 #include "torch/names.h"
+#include "torch/python_types.h"
 #include "torch/threads.h"
 
 namespace paramkit {
@@ -436,11 +437,6 @@ PyObject* recorder_tensors(PyObject* self, PyObject*) {
   return found != nullptr ? PyDict_Copy(found) : PyDict_New();
 }
 
-template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
-PyCFunction fast_call() {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
-}
-
 int handle_traverse(PyObject* self, visitproc visit, void* arg) {
   Py_VISIT(Py_TYPE(self));
   Py_VISIT(handle(self)->owner);
@@ -499,17 +495,6 @@ PyGetSetDef recorder_attributes[] = {
     {"_fast", recorder_get_fast, recorder_set_fast, "whether assignments are recorded here", nullptr},
     {nullptr, nullptr, nullptr, nullptr, nullptr},
 };
-
-template <class Function>
-void* slot(Function* function) {
-  return reinterpret_cast<void*>(function);
-}
-
-PyTypeObject* make_type(PyType_Spec& spec) {
-  PyObject* type = PyType_FromSpec(&spec);
-  if (type == nullptr) throw python_error();
-  return reinterpret_cast<PyTypeObject*>(type);
-}
 
 }  // namespace
 

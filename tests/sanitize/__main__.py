@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests import instrumented
@@ -26,6 +27,7 @@ def main() -> int:
         "--tests", default="", help="files or tests, instead of all that reach csrc"
     )
     parser.add_argument("--canaries", action="store_true", help="build and canaries only")
+    parser.add_argument("--jobs", type=int, default=1, help="files at a time")
     parser.add_argument("pytest", nargs="*", help="further arguments for pytest, after --")
     arguments = parser.parse_args()
     names = arguments.sanitizers.split()
@@ -35,11 +37,11 @@ def main() -> int:
     tests = [] if arguments.canaries else arguments.tests.split() or list(FILES)
     bad = 0
     for name in names:
-        bad += run(SANITIZERS[name], tests, arguments.pytest)
+        bad += run(SANITIZERS[name], tests, arguments.pytest, arguments.jobs)
     return 1 if bad else 0
 
 
-def run(sanitizer: Sanitizer, tests: list[str], further: list[str]) -> int:
+def run(sanitizer: Sanitizer, tests: list[str], further: list[str], jobs: int) -> int:
     """All of it for one sanitizer; the number of files with a report or a failed test."""
     missing = sanitizer.missing()
     if missing:
@@ -60,7 +62,8 @@ def run(sanitizer: Sanitizer, tests: list[str], further: list[str]) -> int:
     caught = [one.name for one in canary.CANARIES if one.sanitizer == sanitizer.name]
     say(f"{sanitizer.name}: the canaries did as they must: {', '.join(caught)}")
 
-    results = [one(sanitizer, tree, logs, test, further) for test in tests]
+    with ThreadPoolExecutor(jobs) as pool:
+        results = list(pool.map(lambda test: one(sanitizer, tree, logs, test, further), tests))
     (logs / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     bad = [result for result in results if result["reports"] or result["status"] not in (0, 5)]
     tail = f", {len(bad)} with reports or failures: see {logs.relative_to(ROOT)}" if bad else ""
