@@ -1,7 +1,7 @@
 """What `patch_torch` gives, and what it costs: ``python -m benchmarks.dropin [--json OUT]``.
 
-Large writes are timed in one process, patched and not, in turns. What a tiny write costs more cannot be seen
-so: the kernels stay in torch's dispatcher once they were there. So it is timed in pairs of processes, one that
+Large and middling writes are timed in one process, patched and not, in turns. What a tiny write costs more cannot be
+seen so: the kernels stay in torch's dispatcher once they were there. So it is timed in pairs of processes, one that
 never patched beside one that is patched, and each pair gives a ratio.
 """
 
@@ -78,10 +78,48 @@ def large_writes(tiny: bool) -> dict[str, Call]:
         "every other column = number": columns_number,
         ".t().contiguous()": lambda: other.t().contiguous(),
         ".to(channels_last)": lambda: images.to(memory_format=torch.channels_last),
-        ".to(float16)": lambda: other.to(torch.float16),
+        ".to(bfloat16)": lambda: other.to(torch.bfloat16),
         "_foreach_copy_ of 1000 x 64": lambda: torch._foreach_copy_(*smalls),
         "load_state_dict of 480": lambda: model.load_state_dict(state),
     }
+
+
+def middle_writes() -> dict[str, Call]:
+    """Of 512 bytes to 64 KB: what is taken here must have paid for being looked at."""
+    writes: dict[str, Call] = {}
+
+    def copy(name: str, dst: torch.Tensor, src: torch.Tensor) -> None:
+        writes[name] = lambda: dst.copy_(src)
+
+    def fill(name: str, dst: torch.Tensor) -> None:
+        writes[name] = lambda: dst.fill_(1)
+
+    dtypes = {
+        "float16": torch.float16,
+        "bfloat16": torch.bfloat16,
+        "float8_e4m3fn": torch.float8_e4m3fn,
+        "int64": torch.int64,
+        "complex64": torch.complex64,
+    }
+    for n in (16, 32, 128):
+        page = torch.rand(n, n)
+        for name, dtype in dtypes.items():
+            copy(f"{n} x {n}, float32 -> {name}", page.to(dtype), page)
+        copy(f"{n} x {n}, float16 -> float32", page.clone(), page.half())
+        copy(f"{n} x {n}, dense", page.clone(), page)
+        copy(f"{n} x {n}, transposed", page.clone(), page.t())
+        copy(f"{n} x {n}, one column for all", page.clone(), page[:, :1])
+        copy(f"{n} x {n}, half of each row", page.clone()[:, : n // 2], page[:, : n // 2])
+    for n in (64, 512, 2048):
+        rows = torch.rand(n, 8)
+        copy(f"{n} rows of 3", rows.clone()[:, :3], rows[:, :3])
+        copy(f"{n} rows of 3, packed", rows[:, :3].contiguous(), rows[:, :3])
+        copy(f"{n} rows of 4", rows.clone()[:, :4], rows[:, :4])
+    for size in (512, 4096, 65536):
+        for dtype in (torch.uint8, torch.bool, torch.bfloat16, torch.float32, torch.float8_e4m3fn):
+            name = str(dtype).removeprefix("torch.")
+            fill(f"fill_ of {size} bytes, {name}", torch.zeros(size // dtype.itemsize, dtype=dtype))
+    return writes
 
 
 def sample(call: Call, inner: int) -> float:
@@ -96,20 +134,20 @@ def quartiles(values: Sequence[float]) -> list[float]:
     return [float(f"{q:.5g}") for q in statistics.quantiles(values, n=4, method="inclusive")]
 
 
-def measure_large(tiny: bool) -> dict[str, dict[str, Any]]:
+def measure_in_turns(writes: dict[str, Call], inner: int, turns: int) -> dict[str, dict[str, Any]]:
     """For each write the quartiles of both times, and of the ratio of two neighbours."""
     import paramkit
 
     found = {}
-    for name, call in large_writes(tiny).items():
+    for name, call in writes.items():
         times: dict[bool, list[float]] = {False: [], True: []}
-        for turn in range(4 if tiny else 40):
+        for turn in range(turns):
             for on in (turn % 2 == 0, turn % 2 == 1):
                 if on:
                     with paramkit.patch_torch():
-                        times[on].append(sample(call, 1))
+                        times[on].append(sample(call, inner))
                 else:
-                    times[on].append(sample(call, 1))
+                    times[on].append(sample(call, inner))
         ratios = [off / on for off, on in zip(times[False][1:], times[True][1:], strict=True)]
         found[name] = {
             "torch_ns": quartiles(times[False][1:]),
@@ -161,12 +199,14 @@ def show(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console()
-    table = Table("write", "torch", "patched", "torch / patched", title="Large writes")
-    for name, row in result["large"].items():
-        times = [f"{row[side][1] / 1e6:.3f} ms" for side in ("torch_ns", "patched_ns")]
-        q1, median, q3 = row["ratio"]
-        table.add_row(name, *times, f"{median:.2f}x ({q1:.2f} to {q3:.2f})")
-    console.print(table)
+    for group in ("large", "middle"):
+        title = f"{group.capitalize()} writes"
+        table = Table("write", "torch", "patched", "torch / patched", title=title)
+        for name, row in result[group].items():
+            times = [f"{row[side][1] / 1e3:.2f} us" for side in ("torch_ns", "patched_ns")]
+            q1, median, q3 = row["ratio"]
+            table.add_row(name, *times, f"{median:.2f}x ({q1:.2f} to {q3:.2f})")
+        console.print(table)
     table = Table("write", "never patched", "patched", "cost", title="Tiny writes")
     for name, row in result["tiny"].items():
         times = [f"{row[side][1]:.0f} ns" for side in ("never_ns", "patched_ns")]
@@ -187,9 +227,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         inner, samples = (10, 2) if options.tiny else (2000, 60)
         print(json.dumps(tiny_times(options.worker == "patched", inner, samples)))
         return 0
+    result: dict[str, Any] = {"machine": machine.describe()}
     with torch.no_grad():
-        large = measure_large(options.tiny)
-    result = {"machine": machine.describe(), "large": large, "tiny": measure_tiny(options.tiny)}
+        turns = 4 if options.tiny else 40
+        result["large"] = measure_in_turns(large_writes(options.tiny), 1, turns)
+        result["middle"] = measure_in_turns(middle_writes(), 1 if options.tiny else 300, turns)
+    result["tiny"] = measure_tiny(options.tiny)
     show(result)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

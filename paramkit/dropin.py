@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -18,10 +19,19 @@ from .backend import loader
 
 __all__ = ["TorchPatch", "patch_torch"]
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a finalizer may remove one while another is made
 _count = 0  # of patches that have not been removed
 _original: Any = None  # nn.Module.load_state_dict as it was found
 _installed: Any = None  # what stands in its place
+
+
+def _renew_lock() -> None:
+    """A child has no thread that would give the lock back."""
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 def patch_torch() -> TorchPatch:
@@ -131,7 +141,8 @@ def _wrap_load_state_dict() -> None:
             and type(state_dict) in (dict, OrderedDict)
             and not torch.__future__.get_swap_module_params_on_conversion()
             and not torch.compiler.is_compiling()
-            and backend.active().load_state_dict(self, state_dict)
+            # It waits for no other thread, who may hold a lock of the caller's: torch does not either.
+            and backend.active().load_state_dict(self, state_dict, False)
         )
         if fused:
             return _IncompatibleKeys([], [])

@@ -63,6 +63,7 @@ def execute(
     _check_transforms()
     journal = Journal() if atomic else None
     course = Course()
+    before = 0 if isinstance(compiled, Streamed) else compiled.runs()
     try:
         if not write(compiled, journal, progress, course):
             return False
@@ -70,6 +71,8 @@ def execute(
         if journal is not None:
             shielded(journal.restore)
             raise
+        if not isinstance(compiled, Streamed) and compiled.runs() == before:
+            raise  # before its first write
         state = _state(compiled, names, write_names, error, course, frozenset(apart))
         if state is None:
             raise
@@ -163,9 +166,12 @@ def _state(
 def _left_by_values(compiled: Any, write_names: Sequence[str]) -> set[str] | None:
     """Names that do not hold the new values in full; None where no write was done."""
     try:
-        if any(compiled.moved()):
-            return set(write_names)  # memory that was planned for is gone: nothing can be looked at
-        differ = set(compiled.verify())
+        with compiled.claim("compare"):
+            if any(compiled.moved()):
+                return set(
+                    write_names
+                )  # memory that was planned for is gone: nothing can be looked at
+            differ = set(compiled.verify())
     except Exception:  # a device that fails again; the first error is the one to tell
         return set(write_names)
     return None if len(differ) == len(write_names) else {write_names[w] for w in differ}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import backend
 from .backend.native import same_bits
@@ -103,7 +104,7 @@ class _Stream:
         self.storages = {
             t.untyped_storage().data_ptr()
             for t in self.local
-            if t is not None and t.layout is torch.strided and not t.is_meta
+            if t is not None and t.layout is torch.strided and not (t.is_meta or is_lazy(t))
         }
 
     def run(self, items: Iterable[tuple[str, Tensor]]) -> Report:
@@ -137,7 +138,7 @@ class _Stream:
         """What can be known before the first tensor comes."""
         r = self.resolver
         local = [(d, t) for d, t in zip(r.destinations, self.local, strict=True) if t is not None]
-        inference = [d.name for d, t in local if t.is_inference()]
+        inference = [d.name for d, t in local if not is_lazy(t) and t.is_inference()]
         if inference and not torch.is_inference_mode_enabled():
             raise RuntimeError(
                 f"transplant: {', '.join(inference)}: Inplace update to inference tensor outside InferenceMode "

@@ -70,7 +70,7 @@ def load_state_dict(
     if own_way or torch.__future__.get_swap_module_params_on_conversion():
         return _load_with_rollback(model, state_dict, strict)
     if type(state_dict) in (dict, OrderedDict) and backend.active().load_state_dict(
-        model, state_dict
+        model, state_dict, True
     ):
         return _IncompatibleKeys([], [])
     if all(_is_standard(module) for module in model.modules()):

@@ -233,6 +233,18 @@ def _kept(argument: Any) -> Any:
     return argument if isinstance(argument, str) else tuple(argument)
 
 
+_entering = threading.Lock()  # held for moments
+
+
+def _renew_lock() -> None:
+    """A child has no thread that would give the lock back."""
+    global _entering
+    _entering = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
 class _Use:
     """One call of a plan.
 
@@ -286,7 +298,6 @@ class Plan:
         self._src_names: list[str] = []
         self._write_dst: list[str] = []
         self._inference: list[str] = []
-        self._entering = threading.Lock()
         self._use: _Use | None = None  # the call that this plan is in, or was in last
         self._claims = (
             False  # whether more than one call of the backend has to be kept from other threads
@@ -360,7 +371,7 @@ class Plan:
         self._src_names = list(resolved.source_names)
         self._write_dst = [resolved.destinations[w.dst].name for w in resolved.writes]
         self._summary = summary_of(resolved, self._dst_names, compiled.families(), active.NAME)
-        self._claims = isinstance(compiled, Streamed)
+        self._claims = isinstance(compiled, Streamed) or self._asks_values(resolved)
 
     # --- public ---
 
@@ -474,6 +485,10 @@ class Plan:
         """The model, where there is one."""
         return None
 
+    def _asks_values(self, resolved: Resolved) -> bool:
+        """Whether `_check_values` looks at them."""
+        return False
+
     def _check_values(self, compiled: Any) -> None:
         """Raise if the sources' values are such that nothing should be written."""
 
@@ -582,21 +597,21 @@ class Plan:
             self._enter(use)
             undo = None if source is None else self._undo(source)
             compiled = self._take(source)
-            with compiled.claim():
-                self._check(compiled, undo)
-                if self._is_stale():
-                    raise self._stale()
             exchange = Exchange(compiled, self._explainable(), self._exchangeable)
         except BaseException:
             use.over = True
             raise
         try:
-            self._exchange = exchange
-            start = perf_counter()
             try:
-                self._bump_shards()
-                if not exchange.enter():
-                    raise self._stale()
+                with exchange.claim():
+                    self._check(compiled, undo)
+                    if self._is_stale():
+                        raise self._stale()
+                    self._exchange = exchange
+                    start = perf_counter()
+                    self._bump_shards()
+                    if not exchange.enter():
+                        raise self._stale()
             finally:
                 use.over = True
             yield Report(self._summary, perf_counter() - start)
@@ -735,7 +750,7 @@ class Plan:
 
     def _enter(self, use: _Use) -> None:
         """One call at a time: the GIL is given up while a long plan runs."""
-        with self._entering:
+        with _entering:
             last = self._use
             if last is not None and not last.over and type(last) is _Use:
                 raise PlanError(
@@ -933,9 +948,12 @@ class ModelPlan(Plan):
                 table[place.key] = d.tensor
         self._allocated = []
 
+    def _asks_values(self, resolved: Resolved) -> bool:
+        return bool(resolved.ties) or self._options.overflow != "ignore"
+
     def _check_values(self, compiled: Any) -> None:
         resolved, limit = self._resolved, self._options.staging // 2
-        if not resolved.ties and self._options.overflow == "ignore":
+        if not self._asks_values(resolved):
             return
         if self._is_stale():
             raise self._stale()

@@ -39,7 +39,7 @@ class Exchange:
 
     def enter(self) -> bool:
         """Put the source in. False, and nothing written, where a tensor is not what was planned for."""
-        with self._claim():
+        with self.claim():
             if self.in_place:
                 return bool(self._compiled.exchange())
             return write(self._compiled, self._journal)
@@ -53,7 +53,7 @@ class Exchange:
         lost: list[int] = []
 
         def back() -> None:
-            with self._claim():
+            with self.claim():
                 if not self.in_place:
                     self._journal.restore()
                 # Counted where it happens: an interrupt may come between an exchange and its return.
@@ -63,7 +63,8 @@ class Exchange:
         shielded(back)
         return lost
 
-    def _claim(self) -> Any:
+    def claim(self) -> Any:
+        """Keeps other threads from both sides while a block runs."""
         return self._compiled.claim("exchange" if self.in_place else "write")
 
 

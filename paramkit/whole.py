@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import stat
 from pathlib import Path
 
 __all__ = ["write_whole"]
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file (UTF-8). Where it is a symbolic link, the file that it leads to is replaced.
+    """Write a text file (UTF-8). Where it is a symbolic link, the file that it leads to is replaced; its mode is kept.
 
     Raises:
         OSError: it cannot be written. What was at `path` is unchanged, and nothing else is left behind.
@@ -36,6 +37,8 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        if target.exists():
+            temporary.chmod(stat.S_IMODE(target.stat().st_mode))
         temporary.replace(target)
     except BaseException:
         with contextlib.suppress(OSError):

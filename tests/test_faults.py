@@ -415,8 +415,10 @@ def test_text_files_are_whole_or_what_they_were(
     real, link = tmp_path / "real.txt", tmp_path / "link.txt"
     real.write_text("old")
     link.symlink_to(real)
+    real.chmod(0o600)
     write_whole(link, "new")
     assert link.is_symlink() and real.read_text() == "new"
+    assert real.stat().st_mode & 0o777 == 0o600
     for failing in ("fsync", "replace"):
 
         def fail(*_: Any, **__: Any) -> None:

@@ -110,7 +110,7 @@ def test_what_torch_copies_itself() -> None:
     """.to, .contiguous, .clone of a strided tensor, cat's out-of-place friends: values and strides of torch."""
     source = torch.rand(64, 96)
     calls: dict[str, Callable[[], Tensor]] = {
-        "to": lambda: source.to(torch.float16),
+        "to": lambda: source.to(torch.bfloat16),
         "contiguous": lambda: source.t().contiguous(),
         "clone": lambda: source[:, ::2].clone(memory_format=torch.contiguous_format),
         "channels last": lambda: source.view(2, 4, 8, 96).contiguous(
@@ -573,13 +573,47 @@ def test_without_the_extension_everything_is_torchs() -> None:
 
 
 @pytest.mark.usefixtures("once")
-def test_another_librarys_kernel_is_not_hidden() -> None:
+def test_a_child_can_patch_whatever_the_parent_was_at() -> None:
     done = python(
         """
+        import os, sys, threading
+        import paramkit
+        from paramkit import dropin
+        held, over = threading.Event(), threading.Event()
+        def hold():
+            with dropin._lock, sys.modules["paramkit.plan"]._entering:
+                held.set()
+                over.wait()
+        thread = threading.Thread(target=hold)
+        thread.start()
+        held.wait()
+        child = os.fork()
+        if child == 0:
+            import torch
+            with paramkit.patch_torch():
+                paramkit.plan({"w": torch.zeros(2)}, {"w": torch.ones(2)}).apply()
+            os._exit(3)
+        status = os.waitpid(child, 0)[1]
+        over.set()
+        thread.join()
+        print(os.waitstatus_to_exitcode(status))
+        """
+    )
+    assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr
+
+
+@pytest.mark.usefixtures("once")
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("copy_", "CPU"), ("copy_", "CompositeExplicitAutograd"), ("fill_.Scalar", "CPU")],
+)
+def test_another_librarys_kernel_is_not_hidden(name: str, key: str) -> None:
+    done = python(
+        f"""
         import torch, paramkit
         from torch import library as registry
         library = registry.Library("aten", "IMPL")
-        library.impl("copy_", lambda dst, src, non_blocking=False: dst, "CPU")
+        library.impl("{name}", lambda dst, value, non_blocking=False: dst, "{key}")
         original = torch.nn.Module.load_state_dict
         try:
             paramkit.patch_torch()
@@ -596,7 +630,7 @@ def test_another_librarys_kernel_is_not_hidden() -> None:
     )
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
-    assert "another library has a CPU kernel of its own for aten::copy_" in first
+    assert f"another library has a kernel of its own for aten::{name.partition('.')[0]}" in first
     assert second == "{'copy': 1}"
 
 

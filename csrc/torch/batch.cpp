@@ -111,12 +111,6 @@ bool Batch::records(const at::Tensor& dst, const at::TensorImpl* src) const {
 
 namespace {
 
-// Whether the shape of a tensor is what it says, and may be asked for.
-bool has_shape(const at::Tensor& tensor) {
-  constexpr auto own_shapes = c10::DispatchKeySet(c10::DispatchKey::NestedTensor) | c10::functorch_transforms_ks;
-  return !tensor.key_set().has_any(own_shapes) && !tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
-}
-
 // torch fills no sparse tensor from a tensor, and no COO tensor at all. A subclass may have ways of its own.
 void check_layout(const Batch::Place& place, const at::Tensor& dst, bool number) {
   const auto layout = dst.layout();

@@ -79,8 +79,10 @@ std::vector<Range> ranges_of(const std::vector<at::Tensor>& tensors) {
   ranges.reserve(tensors.size());
   for (const at::Tensor& tensor : tensors) {
     const at::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
-    if (impl.layout() == c10::kStrided && impl.has_storage() && impl.numel() > 0 && has_memory(impl))
+    if (impl.layout() == c10::kStrided && impl.has_storage() && has_shape(tensor) && impl.numel() > 0 &&
+        has_memory(impl)) {
       ranges.push_back(range(impl));
+    }
   }
   return merged(std::move(ranges));
 }
@@ -93,13 +95,15 @@ void raise_plan_error(const char* text) {
 
 bool Claim::others() { return registry().count.load(std::memory_order_relaxed) != 0; }
 
-// Whether a claim of another thread that came before is at the same memory, and one of the two writes it. A thread
-// that holds a claim looks at those at work alone: what waits may wait for it.
+// Whether a claim of another thread is at the same memory, and one of the two writes it: one that came before, or that
+// is at work. A thread that holds a claim looks at those at work alone: what waits may wait for it. So it may pass by
+// what waits, which has to see it there, behind itself.
 bool Claim::blocked(bool holding) const {
   const bool writes_dsts = doing_ != Doing::Compare, writes_srcs = doing_ == Doing::Exchange;
+  bool before = !holding;
   for (const Claim* other : registry().claims) {
-    if (other == this) break;
-    if (other->thread_ == thread_ || (holding && !other->active_)) continue;
+    if (other == this) before = false;
+    if (other->thread_ == thread_ || !(before || other->active_)) continue;
     const Extent &own = claimant_.extent(), &theirs = other->claimant_.extent();
     const bool they_write_dsts = other->doing_ != Doing::Compare, they_write_srcs = other->doing_ == Doing::Exchange;
     if (((writes_dsts || they_write_dsts) && meet(own.dsts, theirs.dsts)) ||
@@ -117,17 +121,17 @@ void Claim::take() {
   if (!all.wanted.load(std::memory_order_relaxed)) return;
   thread_ = static_cast<uintptr_t>(pthread_self());
   bool holding = false;
-  {
-    const std::lock_guard<std::mutex> lock(all.mutex);
-    holding = std::any_of(all.claims.begin(), all.claims.end(),
-                          [this](const Claim* other) { return other->thread_ == thread_; });
-    all.claims.push_back(this);
-    all.count = all.claims.size();
-    active_ = taken_ = !blocked(holding);
-    waited_ = !taken_;
-  }
-  if (taken_) return;
   try {
+    {
+      const std::lock_guard<std::mutex> lock(all.mutex);
+      holding = std::any_of(all.claims.begin(), all.claims.end(),
+                            [this](const Claim* other) { return other->thread_ == thread_; });
+      all.claims.push_back(this);
+      all.count = all.claims.size();
+      active_ = taken_ = !blocked(holding);
+      waited_ = !taken_;
+    }
+    if (taken_) return;
     if (holding) {
       raise_plan_error(
           "another thread is at the same tensors, and cannot be waited for inside a write of this thread; nothing was "

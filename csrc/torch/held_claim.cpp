@@ -1,5 +1,7 @@
 #include "torch/held_claim.h"
 
+#include <c10/util/Exception.h>
+
 #include <optional>
 #include <utility>
 #include <vector>
@@ -21,7 +23,10 @@ class Held final : public Claimant {
   Held(const Held&) = delete;
   Held& operator=(const Held&) = delete;
 
-  void enter() { claim_.emplace(true, *this, doing_); }
+  void enter() {
+    TORCH_CHECK(!claim_, "claim: it is held already");
+    claim_.emplace(true, *this, doing_);
+  }
   void leave() { claim_.reset(); }
 
   const Extent& extent() const override { return whose_ != nullptr ? whose_->extent() : own_; }
@@ -47,7 +52,7 @@ Doing doing_of(const std::string& name) {
   if (name == "write") return Doing::Write;
   if (name == "compare") return Doing::Compare;
   if (name == "exchange") return Doing::Exchange;
-  throw py::value_error("claim: got '" + name + "', expected 'write', 'compare' or 'exchange'");
+  TORCH_CHECK_VALUE(false, "claim: got '", name, "', expected 'write', 'compare' or 'exchange'");
 }
 
 std::vector<at::Tensor> tensors(const char* side, PyObject* list) {
@@ -83,7 +88,7 @@ void claim_dealloc(PyObject* self) {
 PyObject* claim_enter(PyObject* self, PyObject*) {
   HANDLE_TH_ERRORS
   claim(self)->held->enter();
-  Py_RETURN_NONE;
+  return Py_NewRef(self);
   END_HANDLE_TH_ERRORS
 }
 

@@ -65,6 +65,9 @@ bool standard_class(PyTypeObject* type) {
   return is_standard;
 }
 
+// torch's copies carry it along.
+bool carries_tangent(const at::Tensor& tensor) { return on_autograd(*tensor.unsafeGetTensorImpl(), false); }
+
 class Loader : public Claimant {
  public:
   Loader(Batch& batch, PyObject* state_dict) : batch_(batch), state_dict_(state_dict) {}
@@ -141,7 +144,7 @@ class Loader : public Claimant {
       const at::Tensor& dst = THPVariable_Unpack(value);
       const at::Tensor& src = THPVariable_Unpack(source);
       if (access(*dst.unsafeGetTensorImpl()) != Access::Plain || access(*src.unsafeGetTensorImpl()) == Access::Native ||
-          dst.sizes() != src.sizes()) {
+          dst.sizes() != src.sizes() || carries_tangent(dst) || carries_tangent(src)) {
         return false;
       }
       batch_.copy({"load_state_dict", loaded_}, dst, src);
@@ -180,7 +183,7 @@ void prepare_load_state_dict() {
   (void)standard();
 }
 
-bool load_state_dict(PyObject* model, PyObject* state_dict) {
+bool load_state_dict(PyObject* model, PyObject* state_dict, bool waits) {
   if (!PyDict_Check(state_dict) || !plain_context()) return false;  // a mode wants to see the copies
   const Scratch batch;
   batch->set_autograd(Batch::Autograd::Ignore);
@@ -193,6 +196,7 @@ bool load_state_dict(PyObject* model, PyObject* state_dict) {
   // Another thread may change the model or the state dict while the GIL is given up.
   const bool gives_up_gil = batch->runs_python();
   const py::object held = gives_up_gil || Claim::others() ? loader.hold() : py::none();
+  if (!waits && Claim::others()) return false;
   const Claim claim(gives_up_gil, loader);
   if (claim.waited()) return false;  // the tensors may be others now
   batch->run(false);

@@ -169,6 +169,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, py::mod_gil_not_used(false)) {
   m.def("set_claims", &paramkit::set_claims);
   m.def("read_rows", &read_file_rows);
   m.def("patch_torch", torch::wrap_pybind_function(&paramkit::patch_torch));
+  m.def("set_patch_least_bytes", &paramkit::set_patch_least_bytes);
   m.def("torch_version", [] { return std::string(TORCH_VERSION); });
   py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_plans))
       .def(py::init(&make_plan))
@@ -194,6 +195,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, py::mod_gil_not_used(false)) {
       .def("exchange", torch::wrap_pybind_function([](Plan& plan) { return plan.exchange(); }))
       .def("exchange_back", torch::wrap_pybind_function([](Plan& plan) { return plan.exchange_back(); }))
       .def("exchanges", &Plan::exchanges)
+      .def("runs", &Plan::runs)
       .def(
           "claim",
           [](const py::handle& self, const std::string& doing) {

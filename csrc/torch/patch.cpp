@@ -19,6 +19,8 @@
 #include <atomic>
 #include <exception>
 #include <mutex>
+#include <string>
+#include <utility>
 
 #include "torch/scratch.h"
 #include "torch/tensors.h"
@@ -34,15 +36,16 @@ using at::TensorList;
 
 std::atomic<bool> patched{false};
 
-// Smaller writes stay with torch: finding out that the kernels take them costs what they would gain. Also
-// what ends the recursion where the library itself asks torch to write an element.
-constexpr size_t kLeastBytes = 512;
+// Smaller writes stay with torch: finding out that the kernels take them costs what they would gain.
+std::atomic<size_t> least_bytes{512};
 
 // Of a list's copies, how many are looked at together after one that is torch's.
 constexpr size_t kFewest = 8;
 
+// Within such a write, what the library asks torch to write, an element to see what becomes of it, is torch's.
 bool worthwhile(const Tensor& dst) {
-  return patched.load(std::memory_order_relaxed) && dst.defined() && dst.has_storage() && dst.nbytes() >= kLeastBytes;
+  return patched.load(std::memory_order_relaxed) && dst.defined() && dst.has_storage() &&
+         dst.nbytes() >= least_bytes.load(std::memory_order_relaxed) && !KeepGil::kept();
 }
 
 at::TensorImpl* impl_of(const Tensor& tensor) { return tensor.defined() ? tensor.unsafeGetTensorImpl() : nullptr; }
@@ -73,6 +76,7 @@ size_t copy_first(TensorList dsts, TensorList srcs, Batch::Autograd autograd) {
 // not for the kernels.
 bool learn_conversion(const Tensor& dst, const Tensor& src) {
   if (!src.defined() || conversion_known(dst.scalar_type(), src.scalar_type())) return false;
+  const KeepGil kept;
   Type to{}, from{};
   if (!kernel_types(dst.scalar_type(), src.scalar_type(), to, from)) return false;
   try {
@@ -83,9 +87,21 @@ bool learn_conversion(const Tensor& dst, const Tensor& src) {
   return true;
 }
 
+// Whether a conversion is torch's: of dtypes that the kernels do not know, or between float16 and float32 one to one,
+// which torch does without an iterator (16 x 16 in 0.5 us, the kernels in 0.7; 64 MiB are the same).
+bool converted_by_torch(const Tensor& dst, const Tensor& src) {
+  const auto to = dst.scalar_type(), from = src.scalar_type();
+  if (to == from) return false;
+  const bool half = (to == at::kHalf && from == at::kFloat) || (to == at::kFloat && from == at::kHalf);
+  if (half) return dst.is_contiguous() && src.is_contiguous() && dst.numel() == src.numel();
+  Type to_type{}, from_type{};
+  return !kernel_types(to, from, to_type, from_type);
+}
+
 bool copied(const Tensor& dst, const Tensor& src) {
   const auto copy = [&] { return copy_first(dst, src, Batch::Autograd::Below) == 1; };
-  return worthwhile(dst) && (copy() || (learn_conversion(dst, src) && copy()));
+  return worthwhile(dst) && src.defined() && !converted_by_torch(dst, src) &&
+         (copy() || (learn_conversion(dst, src) && copy()));
 }
 
 Tensor& copy_(Tensor& dst, const Tensor& src, bool non_blocking) {
@@ -135,12 +151,24 @@ class Silent : public c10::WarningHandler {
   void process(const c10::Warning&) override {}
 };
 
+// Whether what the CPU's calls come to now is torch's own: that is what our kernels pass on to.
+bool is_torchs_own(const c10::OperatorHandle& op) {
+  const std::string table = op.dumpComputedTable();  // a line for each key: "CPU: registered at FILE:LINE [kind]"
+  const size_t begin = table.find("\nCPU: ");
+  const std::string line =
+      begin == std::string::npos ? table : table.substr(begin, table.find('\n', begin + 1) - begin);
+  return line.find("/RegisterC") != std::string::npos;  // RegisterCPU, RegisterCompositeExplicitAutograd
+}
+
 void add_kernels() {
-  for (const char* name : {"aten::copy_", "aten::_foreach_copy_"}) {
-    const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
-    TORCH_CHECK(!op.hasKernelForDispatchKey(c10::DispatchKey::CPU), "patch_torch: another library has a CPU kernel of ",
-                "its own for ", name, ", which would be hidden. Remove that one first, or call paramkit.copy_ and ",
-                "paramkit.foreach_copy_ directly");
+  constexpr std::pair<const char*, const char*> kOperators[] = {
+      {"aten::copy_", ""}, {"aten::fill_", "Scalar"}, {"aten::_foreach_copy_", ""}};
+  for (const auto& [name, overload] : kOperators) {
+    const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, overload);
+    TORCH_CHECK(
+        is_torchs_own(op), "patch_torch: another library has a kernel of its own for ", name,
+        " on the CPU, which would be hidden. Remove that one first, or call paramkit.copy_, paramkit.fill_ and ",
+        "paramkit.foreach_copy_ directly");
   }
   Silent silent;
   const c10::WarningUtils::WarningHandlerGuard guard(&silent);
@@ -157,5 +185,7 @@ void patch_torch(bool on) {
   if (on) std::call_once(once, add_kernels);
   patched = on;
 }
+
+size_t set_patch_least_bytes(size_t bytes) { return least_bytes.exchange(bytes); }
 
 }  // namespace paramkit

@@ -404,17 +404,20 @@ bool Plan::run(const py::object& progress) {
     for (const Write& write : writes_) {
       batch->copy({"apply", write.dst}, dsts_[static_cast<size_t>(write.dst)], srcs_[static_cast<size_t>(write.src)]);
     }
+    ++runs_;
     batch->run(false);
     tell_all();
     return true;
   }
   if (!plain) {  // a mode or a tracer: it has to see every write
+    ++runs_;
     for (size_t w = 0; w < writes_.size(); ++w) copy_native(w);
     routes().native += static_cast<int64_t>(writes_.size());
     tell_all();
     return true;
   }
   for (const Other& other : others_) other.check();
+  ++runs_;
   bump_versions(dst_snapshots_.size(), [this](size_t i) { return dst_snapshots_[i].impl; });
   routes().add(program_);
   for (const Other& other : others_) routes().add(other);

@@ -82,6 +82,8 @@ class Plan : public Claimant {
 
   // How many exchanges were done: told apart from their calls, behind which an interrupt may come.
   int64_t exchanges() const { return exchanges_; }
+  // How many runs came to their first write: what fails before has written nothing.
+  int64_t runs() const { return runs_; }
 
   // The memory of all destinations and of all sources.
   const Extent& extent() const override;
@@ -145,7 +147,7 @@ class Plan : public Claimant {
   std::vector<Write> writes_;
   std::vector<Slot> slots_;
   bool follow_autograd_, ordered_;
-  int64_t exchanges_ = 0;
+  int64_t exchanges_ = 0, runs_ = 0;
   Counts orphan_counts_[2];  // of a tensor, and of the base of a view
   mutable Extent extent_;
   mutable bool dsts_known_ = false, srcs_known_ = false;  // of extent_

@@ -11,6 +11,7 @@
 #include "torch/batch.h"
 #include "torch/load_state_dict.h"
 #include "torch/modules.h"
+#include "torch/python_types.h"
 #include "torch/scratch.h"
 #include "torch/threads.h"
 
@@ -310,15 +311,15 @@ PyObject* foreach_fill_(PyObject*, PyObject* const* args, Py_ssize_t n) {
 
 PyObject* load_state_dict_(PyObject*, PyObject* const* args, Py_ssize_t n) {
   HANDLE_TH_ERRORS
-  check_arguments("load_state_dict", n, 2);
-  if (plain_context() && load_state_dict(args[0], args[1])) Py_RETURN_TRUE;
+  check_arguments("load_state_dict", n, 3);
+  if (plain_context() && load_state_dict(args[0], args[1], args[2] == Py_True)) Py_RETURN_TRUE;
   Py_RETURN_FALSE;
   END_HANDLE_TH_ERRORS
 }
 
 template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
 PyMethodDef method(const char* name, const char* doc) {
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, doc};
+  return {name, fast_call<function>(), METH_FASTCALL, doc};
 }
 
 }  // namespace
@@ -328,7 +329,7 @@ PyMethodDef kOperators[] = {
     method<fill_>("fill_", "fill_(dst, value)"),
     method<foreach_copy_>("foreach_copy_", "foreach_copy_(dsts, srcs, non_blocking)"),
     method<foreach_fill_>("foreach_fill_", "foreach_fill_(dsts, values)"),
-    method<load_state_dict_>("load_state_dict", "load_state_dict(model, state_dict) -> whether it could"),
+    method<load_state_dict_>("load_state_dict", "load_state_dict(model, state_dict, waits) -> whether it could"),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -95,11 +95,36 @@ void scalar_bytes(const c10::Scalar& value, c10::ScalarType type, int64_t numel,
     case c10::ScalarType::Long: return put(value.to<int64_t>(), bytes);
     default: break;
   }
-  if (numel != 1 && type == c10::ScalarType::Half) return put(value.to<c10::Half>(), bytes);
-  if (numel != 1 && type == c10::ScalarType::BFloat16) return put(value.to<c10::BFloat16>(), bytes);
+  // As torch's kernel for many elements does.
+  if (numel != 1) {
+    switch (type) {
+      case c10::ScalarType::Half: return put(value.to<c10::Half>(), bytes);
+      case c10::ScalarType::BFloat16: return put(value.to<c10::BFloat16>(), bytes);
+      case c10::ScalarType::Bool: return put(value.to<bool>(), bytes);
+      case c10::ScalarType::Byte: return put(value.to<uint8_t>(), bytes);
+      case c10::ScalarType::Char: return put(value.to<int8_t>(), bytes);
+      case c10::ScalarType::Short: return put(value.to<int16_t>(), bytes);
+      case c10::ScalarType::UInt16: return put(value.to<uint16_t>(), bytes);
+      case c10::ScalarType::UInt32: return put(value.to<uint32_t>(), bytes);
+      case c10::ScalarType::UInt64: return put(value.to<uint64_t>(), bytes);
+      case c10::ScalarType::Float8_e4m3fn: return put(value.to<c10::Float8_e4m3fn>(), bytes);
+      case c10::ScalarType::Float8_e4m3fnuz: return put(value.to<c10::Float8_e4m3fnuz>(), bytes);
+      case c10::ScalarType::Float8_e5m2: return put(value.to<c10::Float8_e5m2>(), bytes);
+      case c10::ScalarType::Float8_e5m2fnuz: return put(value.to<c10::Float8_e5m2fnuz>(), bytes);
+      case c10::ScalarType::Float8_e8m0fnu: return put(value.to<c10::Float8_e8m0fnu>(), bytes);
+      case c10::ScalarType::ComplexFloat: return put(value.to<c10::complex<float>>(), bytes);
+      case c10::ScalarType::ComplexDouble: return put(value.to<c10::complex<double>>(), bytes);
+      default: break;
+    }
+  }
   c10::InferenceMode guard;
   const auto few = at::empty({std::min<int64_t>(numel, 2)}, at::TensorOptions().dtype(type)).fill_(value);
   if (numel > 0) std::memcpy(bytes, few.const_data_ptr(), few.element_size());
+}
+
+bool has_shape(const at::Tensor& tensor) {
+  constexpr auto own_shapes = c10::DispatchKeySet(c10::DispatchKey::NestedTensor) | c10::functorch_transforms_ks;
+  return !tensor.key_set().has_any(own_shapes) && !tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
 }
 
 bool needs_autograd(const at::Tensor& dst, const at::TensorImpl* src) {

@@ -117,6 +117,9 @@ inline bool on_autograd(const at::TensorImpl& impl, bool grad_mode) {
   return (grad_mode && meta->requires_grad()) || (meta->fw_grad_ != nullptr && !meta->fw_grad_->empty());
 }
 
+// Whether the shape of a tensor is what it says, and may be asked for.
+bool has_shape(const at::Tensor& tensor);
+
 // Whether autograd would record `dst.copy_(src)` (src may be null: a fill) or carry a forward-mode
 // tangent through it. Throws, as torch does, where it may not be written in place.
 bool needs_autograd(const at::Tensor& dst, const at::TensorImpl* src);

@@ -55,7 +55,7 @@ class Claim:
     ) -> None:
         self._sides = tuple(s if isinstance(s, Ranges) else ranges_of(s) for s in (dsts, srcs))
         self._written = _DOING[doing]
-        self._thread = threading.get_ident()
+        self._thread = 0  # that entered it
         self._active = False  # no longer waiting
         self._held = threading.Lock()
 
@@ -76,6 +76,7 @@ class Claim:
         __exit__ = property(attrgetter("_held.__exit__"))
 
     def _take(self) -> None:
+        self._thread = threading.get_ident()
         with _lock:
             _claims[:] = [c for c in _claims if c._held.locked()]
             holding = any(c._thread == self._thread for c in _claims)
@@ -94,16 +95,18 @@ class Claim:
                 self._active = not self._blocked(False)
 
     def _blocked(self, holding: bool) -> bool:
-        """Whether a claim of another thread that came before is at the same memory, and one of the two writes it.
+        """Whether a claim of another thread is at the same memory, and one of the two writes it.
 
-        A thread that holds a claim looks at those at work alone: what waits may wait for it.
+        One that came before, or that is at work. A thread that holds a claim looks at those at work alone: what waits
+        may wait for it. So it may pass by what waits, which has to see it there, behind itself.
         """
+        before = not holding
         for other in _claims:
             if other is self:
-                break
-            if not other._held.locked():
+                before = False
+            if other._thread == self._thread or not (before or other._active):
                 continue
-            if other._thread == self._thread or (holding and not other._active):
+            if not other._held.locked():
                 continue
             for own, written in zip(self._sides, self._written):
                 for theirs, written_there in zip(other._sides, other._written):
@@ -127,7 +130,8 @@ def ranges_of(tensors: Iterable[Tensor]) -> Ranges:
             if t.layout is not torch.strided or not t.numel() or not t.untyped_storage().data_ptr():
                 continue
             begin, strides = t.data_ptr(), t.stride()
-        except (RuntimeError, NotImplementedError):  # a wrapper of another tensor
+        # A wrapper of another tensor; a parameter that has no shape yet.
+        except (RuntimeError, NotImplementedError, ValueError):
             continue
         reach = sum((n - 1) * step for n, step in zip(t.shape, strides)) + 1
         found.append((begin, begin + reach * t.element_size()))

@@ -86,7 +86,7 @@ def foreach_fill_(dsts: Sequence[Tensor], values: Any) -> None:
     _count(len(dsts))
 
 
-def load_state_dict(model: torch.nn.Module, state_dict: Any) -> bool:
+def load_state_dict(model: torch.nn.Module, state_dict: Any, waits: bool) -> bool:
     """The extension's shortcut for plain models; this backend has none."""
     return False
 
@@ -115,7 +115,7 @@ class Plan:
         self._seen = [_fingerprint(t) for t in self._dsts]
         self._seen_srcs = [_fingerprint(t) for t in self._srcs]
         self._memory = ranges_of(self._dsts), ranges_of(self._srcs)
-        self._exchanges = 0
+        self._exchanges = self._runs = 0
 
     def families(self) -> list[str]:
         return ["native"] * len(self._writes)
@@ -208,6 +208,7 @@ class Plan:
             pairs = [self._views(i, detach=True) for i in range(n)]
         total = sum(d.nbytes for d, _ in pairs)
         done = reported = 0
+        self._runs += 1
         for dst, src in pairs:
             dst.copy_(src)
             done += dst.nbytes
@@ -270,6 +271,10 @@ class Plan:
     def exchanges(self) -> int:
         """How many exchanges were done: told apart from their calls, behind which an interrupt may come."""
         return self._exchanges
+
+    def runs(self) -> int:
+        """How many runs came to their first write: what fails before has written nothing."""
+        return self._runs
 
     def verify(self) -> list[int]:
         """Indices of the writes whose destination does not hold what the source says."""
