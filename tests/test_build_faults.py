@@ -16,7 +16,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ import torch
 
 import paramkit
 from paramkit.backend import BackendError, BuildError, elf, loader, sources
+from tests.disks import largest_file, small_disk
 from tests.quick_compiler import QuickCompiler
 from tests.tiny import Project
 
@@ -415,42 +417,37 @@ def test_any_bytes_may_be_asked_about(tmp_path: Path) -> None:
 # --- full disks, folders that cannot be written -------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(quick: QuickCompiler) -> Iterator[Path]:
-    """The extension cache on a file system of 64 KiB."""
-    quick.root.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(quick.root)]
-    try:
-        done = subprocess.run(command, capture_output=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no mount")
-    if done.returncode != 0:
-        pytest.skip("mounting a file system is not allowed here")
-    yield quick.root
-    subprocess.run(["umount", str(quick.root)], check=True)
-
-
-def test_a_disk_that_fills_up(quick: QuickCompiler, small_disk: Path) -> None:
-    quick.build()
-    quick.content = bytes(1 << 20)
-    with pytest.raises(BuildError, match="No space left on device"):
-        quick.build(force=True)
-    # The build that was there is still there, and the disk has room again.
-    assert quick.problem() == "" and quick.binary.read_bytes() == b"binary"
-    assert not list(quick.cache.glob(".building-*"))
-    quick.content = bytes(8192)
-    quick.build(force=True)
-    assert quick.problem() == "" and quick.binary.stat().st_size == 8192
-
-
-def test_a_disk_that_is_full_from_the_start(quick: QuickCompiler, small_disk: Path) -> None:
-    (small_disk / "ballast").write_bytes(b"")
-    with pytest.raises(OSError), (small_disk / "ballast").open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
-    with pytest.raises(BuildError, match="TORCH_EXTENSIONS_DIR"):
+@pytest.mark.parametrize("how", ["a disk", "a limit"])
+def test_a_disk_that_fills_up(quick: QuickCompiler, how: str) -> None:
+    limited = how == "a limit"
+    told = "File too large" if limited else "No space left on device"
+    with nullcontext() if limited else small_disk(quick.root, "64k"):
         quick.build()
-    assert paramkit.status().backend == "native"
+        quick.content = bytes(1 << 20)
+        limit = largest_file(1 << 16) if limited else nullcontext()
+        with limit, pytest.raises(BuildError, match=told):
+            quick.build(force=True)
+        # The build that was there is still there, and the disk has room again.
+        assert quick.problem() == "" and quick.binary.read_bytes() == b"binary"
+        assert not list(quick.cache.glob(".building-*"))
+        quick.content = bytes(8192)
+        quick.build(force=True)
+        assert quick.problem() == "" and quick.binary.stat().st_size == 8192
+
+
+@pytest.mark.parametrize("how", ["a disk", "a limit"])
+def test_a_disk_that_is_full_from_the_start(quick: QuickCompiler, how: str) -> None:
+    with ExitStack() as stack:
+        if how == "a limit":
+            stack.enter_context(largest_file(0))
+        else:
+            disk = stack.enter_context(small_disk(quick.root, "64k"))
+            with pytest.raises(OSError), (disk / "ballast").open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        with pytest.raises(BuildError, match="TORCH_EXTENSIONS_DIR"):
+            quick.build()
+        assert paramkit.status().backend == "native"
 
 
 @pytest.mark.slow
