@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import lacking
 from tests.emulation import compiler
 from tests.sanitize import canary, leaks
 from tests.sanitize.__main__ import wrong_of
@@ -20,7 +21,7 @@ def test_canaries(name: str, tmp_path: Path) -> None:
     sanitizer = SANITIZERS[name]
     missing = sanitizer.missing()
     if missing:
-        pytest.skip(f"this compiler has no {', '.join(missing)}")
+        lacking(f"this compiler has no {', '.join(missing)}")
     # The kernels' canaries need the kernels: those are for `make sanitize`.
     sources = [one for one in sanitizer.sources if one != "canary_kernel.cpp"]
     library = tmp_path / "canary.so"
