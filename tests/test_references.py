@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.error_paths import CASES, Case, fails
+import paramkit
+from tests.conftest import need_extension
+from tests.error_paths import CASES, EXTENSION, Case, fails
 from tests.leaks import quick_collections
 
 REPEATS = 20
@@ -50,13 +52,29 @@ def assert_balanced(case: Case) -> None:
     assert off == {}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_references_are_exact(name: str, compiled: str) -> None:
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, name: str) -> Iterator[str]:
+    backend: str = request.param
+    if backend == "cpu" or name.startswith("patch"):
+        need_extension()
+    with paramkit.backend.force(backend):
+        yield backend
+
+
+everywhere = pytest.mark.parametrize(
+    ("name", "backend"),
+    [(n, b) for n in CASES for b in ("native", "cpu") if b == "cpu" or n not in EXTENSION],
+    indirect=["backend"],
+)
+
+
+@everywhere
+def test_references_are_exact(name: str, backend: str) -> None:
     assert_balanced(CASES[name]())
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_nothing_is_kept_alive(name: str, compiled: str) -> None:
+@everywhere
+def test_nothing_is_kept_alive(name: str, backend: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         case = CASES[name]()
