@@ -333,8 +333,25 @@ def test_the_extensions_recorder_counts_its_arguments(compiled: str) -> None:
         recorder._open()  # type: ignore[attr-defined]
 
 
+def test_the_extensions_claim_looks_at_its_arguments(compiled: str) -> None:
+    claim: Any = paramkit.backend.active().Claim
+    with pytest.raises(TypeError, match="Claim: srcs: expected a list of tensors, got str"):
+        claim([torch.zeros(2)], "text")
+    plan: Any = paramkit.plan({"x": torch.zeros(2)}, {"x": torch.ones(2)})
+    with pytest.raises(ValueError, match="expected 'write', 'compare' or 'exchange'"):
+        plan._compiled.claim("read")
+
+
 @pytest.mark.parametrize("copied", [pickle.dumps, copy.copy, copy.deepcopy])
 def test_plans_are_not_copied(backend: str, copied: Callable[[object], object]) -> None:
     plan = paramkit.plan({"x": torch.zeros(2)}, {"x": torch.ones(2)})
     with pytest.raises(TypeError, match="cannot be pickled or copied"):
         copied(plan)
+
+
+@pytest.mark.parametrize(
+    ("total", "error"), [(1e6, TypeError), (True, TypeError), (3 * 4096 - 1, ValueError)]
+)
+def test_bytes_of_staging(total: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="staging: "), paramkit.backend.staging(total):
+        pytest.fail("the block must not run")
