@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 import types
@@ -324,6 +325,14 @@ def test_a_name_that_comes_twice() -> None:
         paramkit.transplant(net, iter(items), atomic=True)
     (finding,) = caught.value.findings
     assert (finding.name, finding.got) == ("weight", "the same name again")
+
+
+@pytest.mark.parametrize("value", [torch.ones(2, 5), torch.ones(2, 3).to_sparse()])
+def test_after_a_wrong_item_no_other_is_asked_for(value: Tensor) -> None:
+    net = nn.Linear(3, 2)
+    with nothing_written(*net.parameters()), pytest.raises(PlanError) as caught:
+        paramkit.transplant(net, itertools.chain([("weight", value)], never()))
+    assert [f.name for f in caught.value.findings] == ["weight"]
 
 
 @pytest.mark.parametrize("atomic", [True, False])
