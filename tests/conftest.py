@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -26,15 +28,28 @@ def must_have_extension() -> bool:
     return in_ci or os.environ.get("PARAMKIT_BUILD") == "require"
 
 
+def lacking(what: str) -> NoReturn:
+    """Skip the test for want of something that a machine for tests has, or fail it where the suite must be whole."""
+    if must_have_extension():
+        pytest.fail(what, pytrace=False)
+    pytest.skip(what, allow_module_level=True)
+
+
+def need_module(name: str) -> Any:
+    """A module of the extra `test`."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        lacking(f"the extra `test` is not installed: {error}")
+
+
 def need_extension() -> None:
     """Skip the test if the extension cannot be had, or fail it where it must be there."""
     try:
         with paramkit.backend.force("cpu"):
             return
     except paramkit.backend.BackendError as error:
-        if must_have_extension():
-            pytest.fail(f"the extension must be there: {error}", pytrace=False)
-        pytest.skip(str(error).splitlines()[0])
+        lacking(f"the extension is not there: {error}")
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,14 @@
 """Ways to go wrong, one for each place in csrc/torch where an error leaves: for what is kept or lost on the way.
 
+All but those in EXTENSION fail on the fallback, too.
+
 A case makes what it needs once, and then fails again and again, in the same way, with the same objects.
 """
 
 from __future__ import annotations
 
+import signal
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -17,8 +21,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import paramkit
+from tests.threads import LIMIT, Work
 
-__all__ = ["CASES", "Case", "Stop", "fails"]
+__all__ = ["CASES", "EXTENSION", "Case", "Stop", "fails"]
 
 
 class Stop(Exception):
@@ -60,6 +65,15 @@ CASES: dict[str, Callable[[], Case]] = {}
 def _case(make: Callable[[], Case]) -> Callable[[], Case]:
     CASES[make.__name__.strip("_").replace("_", " ")] = make
     return make
+
+
+# Cases with arguments that only the extension has, or refuses in this way.
+EXTENSION: set[str] = set()
+
+
+def _of_extension(make: Callable[[], Case]) -> Callable[[], Case]:
+    EXTENSION.add(make.__name__.replace("_", " "))
+    return _case(make)
 
 
 def _extension() -> Any:
@@ -111,7 +125,7 @@ def _fills(dst: Any, value: Any, error: type[BaseException]) -> Case:
     return Case(lambda: paramkit.fill_(dst, value), error, [dst, value])
 
 
-@_case
+@_of_extension
 def copy_argument_count() -> Case:
     dst, src = torch.zeros(2), torch.ones(2)
     return Case(lambda: _extension().copy_(dst, src), TypeError, [dst, src])
@@ -132,7 +146,7 @@ def copy_does_not_broadcast() -> Case:
     return _copies(torch.zeros(2), torch.ones(3), RuntimeError)
 
 
-@_case
+@_of_extension
 def copy_untrue_flag() -> Case:
     return _copies(torch.zeros(2), torch.ones(2), Stop, Untrue())
 
@@ -228,7 +242,7 @@ def fill_numpy_text() -> Case:
     return _fills(torch.zeros(2), np.str_("text"), TypeError)
 
 
-@_case
+@_of_extension
 def fill_index_raises() -> Case:
     return _fills(torch.zeros(2), Unindexed(), Stop)
 
@@ -313,7 +327,7 @@ def foreach_lengths() -> Case:
     return _lists(dsts, srcs[1:], RuntimeError)
 
 
-@_case
+@_of_extension
 def foreach_untrue_flag() -> Case:
     return _lists(*_good(3), Stop, flag=Untrue())
 
@@ -387,7 +401,7 @@ def foreach_fill_one_bad_value() -> Case:
     return _fill_lists(_good(4)[0], "text of its own", TypeError)
 
 
-@_case
+@_of_extension
 def foreach_fill_index_raises() -> Case:
     return _fill_lists(_good(4)[0], [1.25, 2.25, Unindexed(), 3.25], Stop)
 
@@ -490,7 +504,7 @@ def load_pre_hook_raises() -> Case:
     return case
 
 
-@_case
+@_of_extension
 def load_buffer_set_raises() -> Case:
     model = _model()
     odd = Unequal("running_mean")
@@ -501,7 +515,7 @@ def load_buffer_set_raises() -> Case:
     )
 
 
-@_case
+@_of_extension
 def load_names_raise() -> Case:
     model, state = _model(), _state()
     odd = {Unequal(name): value for name, value in state.items()}
@@ -520,35 +534,35 @@ def _compiled(write: Any = None, slots: Any = ()) -> Case:
     return Case(call, None, [*dsts, *srcs, write, *write, slots])
 
 
-@_case
+@_of_extension
 def plan_short_write() -> Case:
     case = _compiled([0, 0, (3,)])
     case.error = IndexError
     return case
 
 
-@_case
+@_of_extension
 def plan_bad_write() -> Case:
     case = _compiled([0, 0, (3,), ("text of its own",), 0, (1,), 0])
     case.error = RuntimeError  # of pybind11
     return case
 
 
-@_case
+@_of_extension
 def plan_bad_number() -> Case:
     case = _compiled([0, 99, (3,), (1,), 0, (1,), 0])
     case.error = IndexError
     return case
 
 
-@_case
+@_of_extension
 def plan_bad_slot() -> Case:
     case = _compiled(slots=[({}, "key of its own")])
     case.error = IndexError
     return case
 
 
-@_case
+@_of_extension
 def plan_arguments() -> Case:
     dsts, srcs = _good(2)
     return Case(
@@ -558,7 +572,7 @@ def plan_arguments() -> Case:
     )
 
 
-@_case
+@_of_extension
 def plan_rebind_names() -> Case:
     dsts, srcs = _good(2)
     plan = _extension().Plan(dsts, srcs, [], [], False, False)
@@ -838,3 +852,219 @@ def writes_open_arguments() -> Case:
     model = _model()
     recorder = paramkit.writes(model)
     return Case(lambda: recorder._open(model), TypeError, [model, recorder])
+
+
+# ---- patch.cpp, dropin.py ------------------------------------------------------------------------
+
+ENOUGH = 100_000
+"""Elements of a write that the patch takes."""
+
+
+def _patched(call: Callable[[], object], error: type[BaseException], *watched: Any) -> Case:
+    def patched() -> None:
+        with paramkit.patch_torch():
+            call()
+
+    return Case(patched, error, list(watched))
+
+
+@_case
+def patched_copy_does_not_broadcast() -> Case:
+    dst, src = torch.zeros(ENOUGH), torch.ones(ENOUGH + 1)
+    return _patched(lambda: dst.copy_(src), RuntimeError, dst, src)
+
+
+@_case
+def patched_copy_leaf() -> Case:
+    dst, src = nn.Parameter(torch.zeros(ENOUGH)), torch.ones(ENOUGH)
+    return _patched(lambda: dst.copy_(src), RuntimeError, dst, src)
+
+
+@_case
+def patched_copy_partial_overlap() -> Case:
+    whole = torch.zeros(ENOUGH)
+    dst, src = whole[1:], whole[:-1]
+    return _patched(lambda: dst.copy_(src), RuntimeError, whole, dst, src)
+
+
+@_case
+def patched_copy_into_a_subclass_that_raises() -> Case:
+    dst, src = torch.zeros(ENOUGH).as_subclass(Raising), torch.ones(ENOUGH)
+    return _patched(lambda: dst.copy_(src), Stop, dst, src)
+
+
+@_case
+def patched_fill_out_of_range() -> Case:
+    dst = torch.zeros(ENOUGH, dtype=torch.uint8)
+    return _patched(lambda: dst.fill_(12_345.75), RuntimeError, dst)
+
+
+@_case
+def patched_fill_leaf() -> Case:
+    dst = nn.Parameter(torch.zeros(ENOUGH))
+    return _patched(lambda: dst.fill_(1234.5), RuntimeError, dst)
+
+
+def _patched_lists(dsts: list[Any], srcs: list[Any], error: type[BaseException]) -> Case:
+    return _patched(
+        lambda: torch._foreach_copy_(dsts, srcs), error, dsts, srcs, *dsts, *srcs
+    )  # fmt: skip
+
+
+@_case
+def patched_foreach_does_not_broadcast() -> Case:
+    dsts, srcs = _good(5)
+    dsts[3] = torch.zeros(7)
+    return _patched_lists(dsts, srcs, RuntimeError)
+
+
+@_case
+def patched_foreach_leaf() -> Case:
+    dsts, srcs = _good(5)
+    dsts[3] = nn.Parameter(torch.zeros(3))
+    return _patched_lists(dsts, srcs, RuntimeError)
+
+
+@_case
+def patched_foreach_lengths() -> Case:
+    dsts, srcs = _good(5)
+    return _patched_lists(dsts, srcs[1:], RuntimeError)
+
+
+@_case
+def patched_foreach_no_tensor() -> Case:
+    dsts, srcs = _good(5)
+    return _patched_lists(dsts, [*srcs[:4], "text of its own"], TypeError)
+
+
+@_case
+def patched_foreach_under_a_mode_that_raises() -> Case:
+    dsts, srcs = _good(5)
+
+    def call() -> None:
+        with Refusing():
+            torch._foreach_copy_(dsts, srcs)
+            dsts[0].copy_(srcs[0])
+
+    return _patched(call, Stop, dsts, srcs, *dsts, *srcs)
+
+
+@_case
+def patched_load_shape() -> Case:
+    model, state = _model(), _state(**{"0__bias": torch.ones(9)})
+    held = [model, *model.parameters(), state, *state.values()]
+    return _patched(lambda: model.load_state_dict(state), RuntimeError, *held)
+
+
+@_case
+def patch_used_again() -> Case:
+    patch = paramkit.patch_torch()
+    patch.remove()
+    return Case(patch.__enter__, RuntimeError, [patch])
+
+
+# ---- claims.cpp, held_claim.cpp ------------------------------------------------------------------
+
+
+def _while_held(tensor: Tensor, call: Callable[[Callable[[], None]], object]) -> None:
+    """Call something while another thread is at a tensor; what it gets starts a signal that raises Stop here."""
+    there, over, wanted = threading.Event(), threading.Event(), threading.Event()
+    here = threading.get_ident()
+
+    def other() -> None:
+        with _extension().Claim([tensor], []):
+            there.set()
+            while not over.wait(0.02):
+                if wanted.is_set():
+                    wanted.clear()
+                    signal.pthread_kill(here, signal.SIGUSR1)
+
+    def stop(*_: Any) -> None:
+        raise Stop
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    work = Work(other)
+    try:
+        assert there.wait(LIMIT)
+        call(wanted.set)
+    finally:
+        over.set()
+        work.result()
+        signal.signal(signal.SIGUSR1, before)
+
+
+def _deadlock(inner: Callable[[], object], outer: Tensor, held: Tensor) -> None:
+    def call(_: object) -> None:
+        with _extension().Claim([outer], []):
+            inner()
+
+    _while_held(held, call)
+
+
+@_case
+def claim_deadlock() -> Case:
+    own, held = torch.zeros(3), torch.zeros(3)
+
+    def inner() -> None:
+        with _extension().Claim([held], []):
+            raise AssertionError("not reached")
+
+    return Case(lambda: _deadlock(inner, own, held), paramkit.PlanError, [own, held])
+
+
+@_case
+def claim_deadlock_of_a_plan() -> Case:
+    model, source = _model(), _state()
+    plan, own, held = paramkit.plan(model, source), torch.zeros(3), model[0].weight
+    watched = [model, *model.parameters(), plan, *source.values(), own]
+    return Case(lambda: _deadlock(plan.apply, own, held), paramkit.PlanError, watched)
+
+
+@_case
+def claim_interrupted_while_it_waits() -> Case:
+    held = torch.zeros(3)
+
+    def call(interrupt: Callable[[], None]) -> None:
+        interrupt()
+        with _extension().Claim([held], []):
+            raise AssertionError("not reached")
+
+    return Case(lambda: _while_held(held, call), Stop, [held])
+
+
+@_case
+def plan_interrupted_while_it_waits() -> Case:
+    model = nn.Linear(2, 3)
+    source = {name: value + 1 for name, value in model.state_dict().items()}
+    plan = paramkit.plan(model, source)
+
+    def call(interrupt: Callable[[], None]) -> None:
+        interrupt()
+        plan.apply()
+
+    watched = [model, *model.parameters(), plan, *source.values()]
+    return Case(lambda: _while_held(model.bias, call), Stop, watched)
+
+
+@_of_extension
+def claim_no_list() -> Case:
+    dsts, src = torch.zeros(3), "text of its own"
+    return Case(lambda: _extension().Claim([dsts], src), TypeError, [dsts, src])
+
+
+@_of_extension
+def claim_no_tensors() -> Case:
+    dst, srcs = torch.zeros(3), ["text of its own"]
+    return Case(lambda: _extension().Claim([dst], srcs), TypeError, [dst, srcs])
+
+
+@_of_extension
+def claim_unknown_purpose() -> Case:
+    dst, doing = torch.zeros(3), "text of its own"
+    return Case(lambda: _extension().Claim([dst], [], doing), RuntimeError, [dst, doing])
+
+
+@_case
+def claim_argument_count() -> Case:
+    dst = torch.zeros(3)
+    return Case(lambda: _extension().Claim([dst]), TypeError, [dst])

@@ -53,7 +53,7 @@ from benchmarks.targets import (
 )
 from tests import cases as inputs
 from tests import mixture
-from tests.conftest import need_extension
+from tests.conftest import need_extension, need_module
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -689,7 +689,7 @@ def test_comparing_memory() -> None:
 
 
 def test_charts_are_the_same_each_time(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    need_module("matplotlib")
     from benchmarks import charts
 
     names = {"bandwidth.svg", "ratios.svg", "limit-shares.svg"}
@@ -707,7 +707,7 @@ def test_charts_are_the_same_each_time(tmp_path: Path) -> None:
 
 
 def test_charts_without_their_cases_are_left_out(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    need_module("matplotlib")
     from benchmarks import charts
 
     assert [path.name for path in charts.draw(result(row("a", "small", 2.0)), tmp_path)] == [
@@ -716,7 +716,7 @@ def test_charts_without_their_cases_are_left_out(tmp_path: Path) -> None:
 
 
 def test_many_slower_conversions_are_counted() -> None:
-    pytest.importorskip("matplotlib")
+    need_module("matplotlib")
     from benchmarks.charts import ratios
 
     slower = [row(f"cast a{n}->b", "casts", 0.5 + n / 1000) for n in range(40)]
@@ -737,7 +737,7 @@ def documents(tmp_path: Path) -> Path:
 
 
 def test_publishing_twice_changes_nothing(documents: Path) -> None:
-    pytest.importorskip("matplotlib")
+    need_module("matplotlib")
     source = documents / "benchmarks" / "results" / "made.json"
     first = publish.publish(source, documents)
     assert len(first) == 5
@@ -754,7 +754,7 @@ def test_publishing_twice_changes_nothing(documents: Path) -> None:
 
 
 def test_a_second_result_has_a_section_of_its_own(documents: Path) -> None:
-    pytest.importorskip("matplotlib")
+    need_module("matplotlib")
     folder = documents / "benchmarks" / "results"
     publish.publish(folder / "made.json", documents)
     shutil.copy(folder / "made.json", folder / "other.json")
@@ -765,7 +765,7 @@ def test_a_second_result_has_a_section_of_its_own(documents: Path) -> None:
 
 
 def test_publishing_needs_markers(documents: Path) -> None:
-    pytest.importorskip("matplotlib")
+    need_module("matplotlib")
     (documents / "README.md").write_text("no markers\n")
     with pytest.raises(ValueError, match="benchmark:begin"):
         publish.publish(documents / "benchmarks" / "results" / "made.json", documents)

@@ -16,7 +16,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ import torch
 
 import paramkit
 from paramkit.backend import BackendError, BuildError, elf, loader, sources
+from tests.disks import largest_file, small_disk
 from tests.quick_compiler import QuickCompiler
 from tests.tiny import Project
 
@@ -53,45 +55,71 @@ def installed(installed_once: Project, tmp_path: Path) -> Project:
 # --- killed -------------------------------------------------------------------------------------
 
 
-def _dying(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Kill the process, as by `kill -9`, at its n-th change of the file system from now on."""
+# What the file system is changed by, as the interpreter tells it; what is in an open file, beside the others.
+CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.utime", "os.truncate", "os.chmod"}
+SWAP = "renameat2"
+
+
+def _dying(step: int, told: int) -> None:
+    """Kill this process, as by `kill -9`, before its n-th change of the file system from now on.
+
+    A file opened to be written counts twice: before it is opened, and while it is empty.
+
+    Args:
+        step: n.
+        told: a descriptor, to which the name of that change goes.
+    """
     left = step
 
-    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-        def change(*args: Any, **kwargs: Any) -> Any:
-            nonlocal left
-            if left == 0:
+    def reached(name: str) -> bool:
+        nonlocal left
+        left -= 1
+        if left == -1:
+            os.write(told, name.encode())
+        return left == -1
+
+    def changed(event: str, args: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(args[0], (str, bytes)):
+            path, _, flags = args
+            if not flags & (os.O_WRONLY | os.O_RDWR):
+                return
+            if reached("open"):
                 os.kill(os.getpid(), signal.SIGKILL)
-            left -= 1
-            return function(*args, **kwargs)
+            if reached("write"):
+                os.open(path, flags, 0o666)
+                os.kill(os.getpid(), signal.SIGKILL)
+        elif event == "ctypes.dlsym" and args[1] == SWAP:  # looked up to be called
+            if reached(SWAP):
+                os.kill(os.getpid(), signal.SIGKILL)
+        elif event in CHANGES and reached(event):
+            os.kill(os.getpid(), signal.SIGKILL)
 
-        return change
-
-    for name in ("mkdir", "replace", "unlink", "write_text", "write_bytes"):
-        monkeypatch.setattr(Path, name, counted(getattr(Path, name)))
+    sys.addaudithook(changed)
 
 
 @pytest.mark.parametrize("before", ["nothing", "another build"])
-def test_killed_at_any_step(
-    quick: QuickCompiler, monkeypatch: pytest.MonkeyPatch, before: str
-) -> None:
+def test_killed_at_any_step(quick: QuickCompiler, before: str) -> None:
     """Whatever a killed build leaves is either not used or whole, and the next build puts it right."""
     if before == "another build":
         quick.build()
-    killed = 0
-    for step in range(100):
+    killed: list[str] = []
+    for step in range(200):
         quick.content = f"binary {step}".encode()
 
-        def build_and_die(step: int = step) -> None:
-            with monkeypatch.context() as patched:
-                _dying(patched, step)
-                quick.build(force=True)
+        reading, telling = os.pipe()
+
+        def build_and_die(step: int = step, telling: int = telling) -> None:
+            _dying(step, telling)
+            quick.build(force=True)
 
         status = quick.in_child(build_and_die)
+        os.close(telling)
+        with os.fdopen(reading) as pipe:
+            name = pipe.read()
         if status == 0:
             break
-        assert status == -signal.SIGKILL
-        killed += 1
+        assert status == -signal.SIGKILL and name
+        killed.append(name)
         # An earlier build stays good to the moment when the new one takes its place.
         assert quick.problem() == "" or before == "nothing"
         if not quick.problem():
@@ -106,7 +134,10 @@ def test_killed_at_any_step(
             for path in quick.folder.iterdir():
                 path.unlink()
             quick.folder.rmdir()
-    assert killed > 5
+    assert status == 0
+    # The removal of what it worked in is the last.
+    assert {"os.mkdir", "open", "write", "os.rename", "os.remove"} <= set(killed)
+    assert killed[-1] == "os.rmdir" and (SWAP in killed) == (before == "another build")
 
 
 @pytest.mark.slow
@@ -415,42 +446,37 @@ def test_any_bytes_may_be_asked_about(tmp_path: Path) -> None:
 # --- full disks, folders that cannot be written -------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(quick: QuickCompiler) -> Iterator[Path]:
-    """The extension cache on a file system of 64 KiB."""
-    quick.root.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(quick.root)]
-    try:
-        done = subprocess.run(command, capture_output=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no mount")
-    if done.returncode != 0:
-        pytest.skip("mounting a file system is not allowed here")
-    yield quick.root
-    subprocess.run(["umount", str(quick.root)], check=True)
-
-
-def test_a_disk_that_fills_up(quick: QuickCompiler, small_disk: Path) -> None:
-    quick.build()
-    quick.content = bytes(1 << 20)
-    with pytest.raises(BuildError, match="No space left on device"):
-        quick.build(force=True)
-    # The build that was there is still there, and the disk has room again.
-    assert quick.problem() == "" and quick.binary.read_bytes() == b"binary"
-    assert not list(quick.cache.glob(".building-*"))
-    quick.content = bytes(8192)
-    quick.build(force=True)
-    assert quick.problem() == "" and quick.binary.stat().st_size == 8192
-
-
-def test_a_disk_that_is_full_from_the_start(quick: QuickCompiler, small_disk: Path) -> None:
-    (small_disk / "ballast").write_bytes(b"")
-    with pytest.raises(OSError), (small_disk / "ballast").open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
-    with pytest.raises(BuildError, match="TORCH_EXTENSIONS_DIR"):
+@pytest.mark.parametrize("how", ["a disk", "a limit"])
+def test_a_disk_that_fills_up(quick: QuickCompiler, how: str) -> None:
+    limited = how == "a limit"
+    told = "File too large" if limited else "No space left on device"
+    with nullcontext() if limited else small_disk(quick.root, "64k"):
         quick.build()
-    assert paramkit.status().backend == "native"
+        quick.content = bytes(1 << 20)
+        limit = largest_file(1 << 16) if limited else nullcontext()
+        with limit, pytest.raises(BuildError, match=told):
+            quick.build(force=True)
+        # The build that was there is still there, and the disk has room again.
+        assert quick.problem() == "" and quick.binary.read_bytes() == b"binary"
+        assert not list(quick.cache.glob(".building-*"))
+        quick.content = bytes(8192)
+        quick.build(force=True)
+        assert quick.problem() == "" and quick.binary.stat().st_size == 8192
+
+
+@pytest.mark.parametrize("how", ["a disk", "a limit"])
+def test_a_disk_that_is_full_from_the_start(quick: QuickCompiler, how: str) -> None:
+    with ExitStack() as stack:
+        if how == "a limit":
+            stack.enter_context(largest_file(0))
+        else:
+            disk = stack.enter_context(small_disk(quick.root, "64k"))
+            with pytest.raises(OSError), (disk / "ballast").open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        with pytest.raises(BuildError, match="TORCH_EXTENSIONS_DIR"):
+            quick.build()
+        assert paramkit.status().backend == "native"
 
 
 @pytest.mark.slow

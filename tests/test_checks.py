@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -333,8 +335,58 @@ def test_the_extensions_recorder_counts_its_arguments(compiled: str) -> None:
         recorder._open()  # type: ignore[attr-defined]
 
 
+def test_the_extensions_claim_looks_at_its_arguments(compiled: str) -> None:
+    claim: Any = paramkit.backend.active().Claim
+    with pytest.raises(TypeError, match="Claim: srcs: expected a list of tensors, got str"):
+        claim([torch.zeros(2)], "text")
+    plan: Any = paramkit.plan({"x": torch.zeros(2)}, {"x": torch.ones(2)})
+    with pytest.raises(ValueError, match="expected 'write', 'compare' or 'exchange'"):
+        plan._compiled.claim("read")
+
+
+LATE = """
+import os, sys, threading
+import torch, paramkit
+
+class Late:  # the last object of the process; names of modules are gone by then
+    def __init__(self, wait):
+        self.wait = wait
+    def __del__(self, tell=os.write, Exception=Exception):
+        try:
+            self.wait()
+        except Exception:
+            tell(1, b"refused")
+
+with paramkit.backend.force("cpu") as extension:
+    memory, there = torch.zeros(3), threading.Event()
+    def hold():
+        with extension.Claim([memory], []):
+            there.set()
+            threading.Event().wait()
+    threading.Thread(target=hold, daemon=True).start()
+    there.wait()
+    sys.late = Late(extension.Claim([memory], []).__enter__)
+"""
+
+
+def test_nothing_is_waited_for_at_the_interpreters_end(compiled: str) -> None:
+    """A daemon thread that is at the memory was stopped for good: an error, whose class is gone as well."""
+    done = subprocess.run(
+        [sys.executable, "-c", LATE], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "refused"), done.stderr
+
+
 @pytest.mark.parametrize("copied", [pickle.dumps, copy.copy, copy.deepcopy])
 def test_plans_are_not_copied(backend: str, copied: Callable[[object], object]) -> None:
     plan = paramkit.plan({"x": torch.zeros(2)}, {"x": torch.ones(2)})
     with pytest.raises(TypeError, match="cannot be pickled or copied"):
         copied(plan)
+
+
+@pytest.mark.parametrize(
+    ("total", "error"), [(1e6, TypeError), (True, TypeError), (3 * 4096 - 1, ValueError)]
+)
+def test_bytes_of_staging(total: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="staging: "), paramkit.backend.staging(total):
+        pytest.fail("the block must not run")

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 import paramkit
 from paramkit import PlanError
+from tests import filled
 from tests.conftest import need_extension
+from tests.filled import held
 from tests.guards import Layout, assert_same_bits, place, watch
 from tests.routes import routes_of
 from tests.threads import Paused, Work, claims, hasty, together
@@ -40,22 +42,13 @@ def route(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def model_of(count: int = COUNT, numel: int = NUMEL) -> nn.ParameterDict:
-    """Parameters between guard bytes."""
-    layout = Layout.dense((numel,))
-    return nn.ParameterDict(
-        {f"w{k}": nn.Parameter(place(layout, torch.float32)) for k in range(count)}
-    )
+    return filled.model_of(count, numel)
 
 
 def values_of(
     value: float, count: int = COUNT, numel: int = NUMEL, prefix: str = ""
 ) -> dict[str, Tensor]:
-    return {f"{prefix}w{k}": torch.full((numel,), value) for k in range(count)}
-
-
-def held(model: nn.Module) -> set[float]:
-    """The numbers in a model: one, unless it is a mix."""
-    return {x.item() for p in model.parameters() for x in p.detach().aminmax()}
+    return filled.values_of(value, count, numel, prefix)
 
 
 # Apart.

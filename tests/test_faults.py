@@ -10,7 +10,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import tempfile
 import threading
 import time
@@ -30,6 +29,7 @@ from paramkit.errors import SourceError
 from paramkit.output import SafetensorsOutput
 from paramkit.whole import write_whole
 from tests.cases import random_bits
+from tests.disks import largest_file, small_disk
 from tests.faulty import run_plain
 from tests.guards import assert_same_bits, nothing_written
 
@@ -257,37 +257,6 @@ def test_torch_set_to_map_by_default_maps_nothing_here(tmp_path: Path) -> None:
 
 
 # ---- disks ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def small_disk(folder: Path, size: str = "1m") -> Iterator[Path]:
-    folder.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)],
-        capture_output=True,
-        check=False,
-    )
-    if made.returncode:
-        pytest.skip("only root may mount a small disk")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Files may grow to so many bytes: what a full disk is to those who may not mount one."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(
-        signal.SIGXFSZ, signal.SIG_IGN
-    )  # as in any Python; pytest's plugins may differ
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import lacking
 from tests.fuzz import core
 
 FAILED = 77  # what the driver ends with when a comparison fails
@@ -48,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("fuzz_core")
     problem = core.sanitizers_missing(path)
     if problem:
-        pytest.skip(f"the compiler has no sanitizers: {problem}")
+        lacking(f"the compiler has no sanitizers: {problem}")
     core.build(path, "-O0")
     return path
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import sys
+import types
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -256,6 +259,80 @@ def test_the_first_item_is_wrong_and_nothing_was_written() -> None:
             paramkit.transplant(net, iter(items), rules)
         assert not isinstance(caught.value, TornError)
     assert paramkit.torn(net) is None
+
+
+def never() -> Iterator[tuple[str, Tensor]]:
+    """Items that are not asked for."""
+    pytest.fail("it was asked for an item")
+    yield "", torch.ones(1)
+
+
+@pytest.mark.parametrize("option", ["progress", "requires_grad"])
+def test_options_of_another_type(option: str) -> None:
+    with pytest.raises(TypeError, match=f"{option} must be"):
+        paramkit.transplant(nn.Linear(3, 2), never(), **{option: "yes"})
+
+
+def test_a_model_of_inference_tensors_is_told_before_the_first_item() -> None:
+    with torch.inference_mode():
+        net = nn.Linear(3, 2)
+    with pytest.raises(RuntimeError, match="weight, bias: Inplace update to inference tensor"):
+        paramkit.transplant(net, never())
+    with torch.inference_mode():
+        paramkit.transplant(net, iter({"weight": torch.ones(2, 3), "bias": torch.ones(2)}.items()))
+        assert net.weight.sum() == 6
+
+
+def test_what_is_no_leaf_is_told_before_the_first_item() -> None:
+    model = {"leaf": torch.ones(3), "inner": torch.ones(3, requires_grad=True) * 2}
+    with pytest.raises(PlanError, match="only be set on leaves") as caught:
+        paramkit.transplant(model, never(), requires_grad=False)
+    assert [f.name for f in caught.value.findings] == ["inner"]
+
+
+def test_a_gathered_module_is_told_before_the_first_item(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FSDP's are between a forward and the next reshard: tests/test_sharded_plans.py has real ones."""
+    monkeypatch.setitem(sys.modules, "torch.distributed.fsdp", types.ModuleType("fsdp"))
+    net = nn.Linear(3, 2)
+    group = types.SimpleNamespace(is_unsharded=True)
+    net._get_fsdp_state = lambda: types.SimpleNamespace(_fsdp_param_group=group)
+    with pytest.raises(PlanError, match="gathered now"):
+        paramkit.transplant(net, never())
+    group.is_unsharded = False
+    paramkit.transplant(net, iter({"weight": torch.ones(2, 3), "bias": torch.ones(2)}.items()))
+
+
+@pytest.mark.parametrize(
+    ("item", "found"),
+    [
+        (7, ("item 0", "int", "a pair (name, tensor)")),
+        (("weight", 7), ("item 0", "(str, int)", "a name (str) and a tensor")),
+        ((7, torch.ones(2, 3)), ("item 0", "(int, Tensor)", "a name (str) and a tensor")),
+    ],
+)
+def test_items_that_are_none(item: Any, found: tuple[str, str, str]) -> None:
+    net = nn.Linear(3, 2)
+    with nothing_written(*net.parameters()), pytest.raises(PlanError) as caught:
+        paramkit.transplant(net, iter([item]))
+    (finding,) = caught.value.findings
+    assert (finding.name, finding.got, finding.expected) == found
+
+
+def test_a_name_that_comes_twice() -> None:
+    net = nn.Linear(3, 2)
+    items = [("weight", torch.ones(2, 3)), ("weight", torch.ones(2, 3))]
+    with nothing_written(*net.parameters()), pytest.raises(PlanError) as caught:
+        paramkit.transplant(net, iter(items), atomic=True)
+    (finding,) = caught.value.findings
+    assert (finding.name, finding.got) == ("weight", "the same name again")
+
+
+@pytest.mark.parametrize("value", [torch.ones(2, 5), torch.ones(2, 3).to_sparse()])
+def test_after_a_wrong_item_no_other_is_asked_for(value: Tensor) -> None:
+    net = nn.Linear(3, 2)
+    with nothing_written(*net.parameters()), pytest.raises(PlanError) as caught:
+        paramkit.transplant(net, itertools.chain([("weight", value)], never()))
+    assert [f.name for f in caught.value.findings] == ["weight"]
 
 
 @pytest.mark.parametrize("atomic", [True, False])

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 import paramkit
 from paramkit import Rule
+from tests.conftest import need_module
 from tests.guards import assert_same_bits, nothing_written
 
-accelerate = pytest.importorskip("accelerate")
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
+accelerate = need_module("accelerate")
+peft = need_module("peft")
+transformers = need_module("transformers")
 
 pytestmark = [
     pytest.mark.usefixtures("patched", "quiet"),

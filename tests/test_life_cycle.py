@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 import paramkit
 from paramkit import PlanError
+from tests import filled
 from tests.conftest import need_extension
-from tests.guards import Layout, nothing_written, place, watch
+from tests.filled import held
+from tests.guards import nothing_written, watch
 from tests.threads import Paused, together
 
 COUNT, STAGING = 8, 16384
@@ -39,20 +41,11 @@ def route(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def model_of(numel: int, value: float = 0.0) -> nn.ParameterDict:
-    """Parameters between guard bytes."""
-    made = nn.ParameterDict()
-    for k in range(COUNT):
-        made[f"w{k}"] = nn.Parameter(place(Layout.dense((numel,)), torch.float32))
-        made[f"w{k}"].data.fill_(value)
-    return made
+    return filled.model_of(COUNT, numel, value)
 
 
 def values_of(numel: int, value: float) -> dict[str, Tensor]:
-    return {f"w{k}": torch.full((numel,), value) for k in range(COUNT)}
-
-
-def held(model: nn.Module) -> set[float]:
-    return {x.item() for p in model.parameters() for x in p.detach().aminmax()}
+    return filled.values_of(value, COUNT, numel)
 
 
 def plan_of(model: nn.Module, kind: str, value: float, folder: Path) -> paramkit.Plan:

@@ -23,6 +23,7 @@ from paramkit.errors import PlanError
 from paramkit.output import SafetensorsOutput, layout
 from paramkit.sources import open_source
 from paramkit.sources.safetensors_file import DTYPES
+from tests.disks import small_disk
 
 ENTRIES = [
     ("a", torch.uint8, (3,)),
@@ -221,22 +222,11 @@ def test_a_full_disk_is_an_error_at_the_start(
 
 
 def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)],
-        capture_output=True,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip("only root may mount a small disk")
-    try:
+    with small_disk(tmp_path / "disk") as disk:
         with nothing_left(disk), pytest.raises(OSError, match="the disk is full"):  # noqa: SIM117
             with SafetensorsOutput(disk / "o.safetensors", [("a", torch.uint8, (2 << 20,))]):
                 pytest.fail("the block must not run")
         write(disk / "o.safetensors", [("a", torch.uint8, (1 << 19,))])
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_without_fallocate_the_room_is_taken_by_zeros(

@@ -22,10 +22,11 @@ import paramkit
 from paramkit import PlanError, Rule, RuleFileError, invert, recipes
 from paramkit.shapes import infer_destinations
 from tests import recipe_models as plain
+from tests.conftest import need_module
 from tests.guards import assert_same_bits
 
-yaml = pytest.importorskip("yaml")
-transformers = pytest.importorskip("transformers")
+yaml = need_module("yaml")
+transformers = need_module("transformers")
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 

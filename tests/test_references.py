@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.error_paths import CASES, Case, fails
+import paramkit
+from tests.conftest import need_extension
+from tests.error_paths import CASES, EXTENSION, Case, fails
 from tests.leaks import quick_collections
 
 REPEATS = 20
@@ -25,13 +27,14 @@ def _quick() -> Iterator[None]:
         yield
 
 
-def counts(watched: list[Any]) -> list[int]:
+def counts(watched: list[Any]) -> dict[str, int]:
     """References to each object; of a tensor those of its C++ side, too."""
-    found = []
+    found = {}
     for k in range(len(watched)):
-        found.append(sys.getrefcount(watched[k]))
+        name = f"watched[{k}], {type(watched[k]).__name__}"
+        found[name] = sys.getrefcount(watched[k])
         if isinstance(watched[k], torch.Tensor):
-            found.append(watched[k]._use_count())
+            found[f"{name}, in C++"] = watched[k]._use_count()
     return found
 
 
@@ -45,21 +48,33 @@ def assert_balanced(case: Case) -> None:
             fails(case)
         gc.collect()
         after = counts(case.watched)
-    off = [
-        (k, type(case.watched[k]).__name__, a - b)
-        for k, (a, b) in enumerate(zip(after, before, strict=True))
-        if a != b and k < len(case.watched)
-    ]
-    assert after == before, off
+    off = {name: after[name] - n for name, n in before.items() if after[name] != n}
+    assert off == {}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_references_are_exact(name: str, compiled: str) -> None:
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, name: str) -> Iterator[str]:
+    backend: str = request.param
+    if backend == "cpu" or name.startswith("patch"):
+        need_extension()
+    with paramkit.backend.force(backend):
+        yield backend
+
+
+everywhere = pytest.mark.parametrize(
+    ("name", "backend"),
+    [(n, b) for n in CASES for b in ("native", "cpu") if b == "cpu" or n not in EXTENSION],
+    indirect=["backend"],
+)
+
+
+@everywhere
+def test_references_are_exact(name: str, backend: str) -> None:
     assert_balanced(CASES[name]())
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_nothing_is_kept_alive(name: str, compiled: str) -> None:
+@everywhere
+def test_nothing_is_kept_alive(name: str, backend: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         case = CASES[name]()
@@ -88,6 +103,7 @@ def test_a_lost_reference_would_be_seen(compiled: str) -> None:
         def call(change: Callable[[Any], object] = change) -> None:
             change(ctypes.py_object(thing))
 
-        with pytest.raises(AssertionError):
-            assert_balanced(Case(call, None, [thing]))
+        # After a tensor, which has two counts.
+        with pytest.raises(AssertionError, match=r"watched\[1\], object"):
+            assert_balanced(Case(call, None, [torch.zeros(1), thing]))
     assert len(held) == 100

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 import paramkit
 from paramkit import Rule, RuleFileError, load_rules, save_rules
 from paramkit.rulefile import as_rules, outline
+from tests.conftest import need_module
 
-pytest.importorskip("yaml")
+need_module("yaml")
 if sys.version_info < (3, 11):
-    pytest.importorskip("tomli")
+    need_module("tomli")
 
 SUFFIXES = ["yaml", "yml", "toml"]
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import lacking
 from tests.emulation import compiler
 from tests.sanitize import canary, leaks
+from tests.sanitize.__main__ import wrong_of
 from tests.sanitize.settings import HERE, SANITIZERS
 from tests.sanitize.suite import FILES, LEFT_OUT, TESTS
 
@@ -19,7 +21,7 @@ def test_canaries(name: str, tmp_path: Path) -> None:
     sanitizer = SANITIZERS[name]
     missing = sanitizer.missing()
     if missing:
-        pytest.skip(f"this compiler has no {', '.join(missing)}")
+        lacking(f"this compiler has no {', '.join(missing)}")
     # The kernels' canaries need the kernels: those are for `make sanitize`.
     sources = [one for one in sanitizer.sources if one != "canary_kernel.cpp"]
     library = tmp_path / "canary.so"
@@ -64,3 +66,18 @@ SUMMARY: AddressSanitizer: 85 byte(s) leaked in 2 allocation(s).
 
 def test_every_file_runs_or_is_left_out() -> None:
     assert len(FILES) + len(LEFT_OUT) == len(list(TESTS.glob("test_*.py")))
+
+
+def test_reports_of_a_test_whose_name_is_a_pattern(tmp_path: Path) -> None:
+    log = tmp_path / "test_x.py-y[cpu-1]"
+    (tmp_path / f"{log.name}.17").write_text("x.cpp:3: runtime error: overflow")
+    assert len(SANITIZERS["undefined"].reports(log)) == 1
+
+
+def test_a_run_without_any_test_is_no_success() -> None:
+    def result(status: int, reports: int = 0) -> dict[str, object]:
+        return {"status": status, "reports": reports}
+
+    assert wrong_of([result(0), result(5)]) == []
+    assert len(wrong_of([result(0), result(0, reports=1), result(1)])) == 2
+    assert len(wrong_of([result(5), result(5)])) == 2

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import paramkit
-from paramkit import PlanError, Rule, SourceError
+from paramkit import PlanError, Rule, SourceError, TornError, stream
 from paramkit.sources.lazy import Stored, StoredFile
 from paramkit.stream import Streamed
 from tests.guards import (
@@ -307,6 +307,39 @@ def test_staging_is_checked() -> None:
     for wrong, error in ((4095, ValueError), (-1, ValueError), (1e6, TypeError), (True, TypeError)):
         with pytest.raises(error, match="staging"):
             paramkit.plan({}, {}, staging=wrong)  # type: ignore[arg-type]
+
+
+def test_no_memory_for_staging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = stored({"a": torch.rand(90, 70)}, "safetensors", tmp_path)
+    real = torch.empty
+
+    def refusing(size: Any, **options: Any) -> Tensor:
+        if isinstance(size, int) and size > 1000:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return real(size, **options)
+
+    monkeypatch.setattr(torch, "empty", refusing)
+    with pytest.raises(MemoryError, match="Pass a smaller staging="):
+        paramkit.plan({"a": torch.zeros(90, 70)}, path, staging=STAGING)
+
+
+def test_a_destination_that_moves_while_a_file_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another thread, say: it is not written where it was."""
+    path = stored({"a": torch.rand(90, 70)}, "safetensors", tmp_path)
+    a = torch.zeros(70, 90)
+    plan = paramkit.plan({"a": a}, path, [Rule("a", "a", "i o -> o i")], staging=STAGING)
+    before, read_all = a.data, stream._read_all
+
+    def moving(asked: Any) -> None:
+        read_all(asked)
+        a.data = torch.zeros(70, 90)
+
+    monkeypatch.setattr(stream, "_read_all", moving)
+    with pytest.raises(TornError, match="moved while the plan ran"):
+        plan.apply()
+    assert not before.any() and not a.any()
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pt", "sharded"])

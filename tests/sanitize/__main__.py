@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import shlex
 import subprocess
@@ -18,6 +19,7 @@ from tests.sanitize.settings import BUILT, HERE, SANITIZERS, Sanitizer
 from tests.sanitize.suite import FILES, NOT_HERE
 
 ROOT = instrumented.ROOT
+NO_TESTS = 5  # pytest's exit status
 
 
 def main() -> int:
@@ -65,19 +67,27 @@ def run(sanitizer: Sanitizer, tests: list[str], further: list[str], jobs: int) -
     with ThreadPoolExecutor(jobs) as pool:
         results = list(pool.map(lambda test: one(sanitizer, tree, logs, test, further), tests))
     (logs / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    bad = [result for result in results if result["reports"] or result["status"] not in (0, 5)]
+    bad = wrong_of(results)
     tail = f", {len(bad)} with reports or failures: see {logs.relative_to(ROOT)}" if bad else ""
     say(f"{sanitizer.name}: {len(results)} files{tail or ', nothing found'}")
     return len(bad)
+
+
+def wrong_of(results: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Those with a report or a failed test; all of them where no file had a test to run."""
+    if all(result["status"] == NO_TESTS for result in results):
+        return results
+    return [one for one in results if one["reports"] or one["status"] not in (0, NO_TESTS)]
 
 
 def one(
     sanitizer: Sanitizer, tree: Path, logs: Path, test: str, further: list[str]
 ) -> dict[str, object]:
     """The tests of one file, in a process of their own: what is found ends it."""
-    stem = test.removeprefix("tests/").replace("/", "-").replace("::", "-")
+    # The name is part of the sanitizer's options, which a colon ends.
+    stem = test.removeprefix("tests/").replace("/", "-").replace("::", "-").replace(":", "-")
     log, output = logs / stem, logs / f"{stem}.out"
-    for old in logs.glob(f"{stem}.*"):
+    for old in logs.glob(f"{glob.escape(stem)}.*"):
         old.unlink()
     command = [*sanitizer.prefix, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     if sanitizer.name == "address":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import subprocess
 from dataclasses import dataclass, field
@@ -69,7 +70,7 @@ class Sanitizer:
         """The texts of the reports in those files."""
         texts = [
             path.read_text(encoding="utf-8", errors="replace")
-            for path in sorted(log.parent.glob(f"{log.name}.*"))
+            for path in sorted(log.parent.glob(f"{glob.escape(log.name)}.*"))
         ]
         return [text for text in texts if any(mark in text for mark in self.marks)]
 

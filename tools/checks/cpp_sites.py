@@ -2,6 +2,7 @@
 
 TORCH_CHECK(fits, text)  ->  TORCH_CHECK((fits) || !keep_check("batch.cpp:3"), text)
 throw py::value_error()  ->  if (keep_check("plan.cpp:1")) throw py::value_error()
+raise_plan_error(text)   ->  if (keep_check("claims.cpp:1")) raise_plan_error(text)
 check_inplace(dst, ...)  ->  try { check_inplace(dst, ...) } catch (...) { if (keep_check(...)) throw; }
 """
 
@@ -33,18 +34,21 @@ inline bool keep_check(const char* site) {
 """
 
 _CHECK = re.compile(r"\bTORCH_CHECK(?:_TYPE|_NOT_IMPLEMENTED)?\(")
-_THROW = re.compile(r"\bthrow (?:py::value_error|py::type_error|std::\w+)\b")
+_THROW = re.compile(
+    r"\bthrow (?:py::value_error|py::type_error|std::\w+)\b|(?<!void )\braise_plan_error\b(?=\()"
+)
 _CALL = re.compile(
     r"^( *)((?:torch::autograd::check_inplace|check_conversion)\(.*\);)$", re.MULTILINE
 )
 _LAMBDA_CALL = re.compile(r"\[&\] \{ (check_conversion\(.*?\);) \}")
 _FUNCTION = re.compile(
-    r"^(?!\s|#|//|namespace|class|struct|template|using|\})\S.*?([\w:~]+)\(", re.MULTILINE
+    r"^(?!\s|#|//|namespace|class|struct|template|using|\})(?:[^\s(][^(\n]*?[\s*&])?([\w:~]+)\(",
+    re.MULTILINE,
 )
 
 
 def _end_of_condition(text: str, start: int) -> int:
-    """Where the first argument of a call ends: a comma outside all brackets and strings."""
+    """Where an argument of a call ends: a comma, or the last bracket, outside all brackets and strings."""
     depth, i = 0, start
     while True:
         sign = text[i]
@@ -52,11 +56,19 @@ def _end_of_condition(text: str, start: int) -> int:
             i = text.index('"', i + 1)
         elif sign in "([{":
             depth += 1
+        elif sign in ",)" and depth == 0:
+            return i
         elif sign in ")]}":
             depth -= 1
-        elif sign == "," and depth == 0:
-            return i
         i += 1
+
+
+def _end_of_statement(text: str, start: int) -> int:
+    """Where a call that is a statement ends: behind its semicolon."""
+    i = text.index("(", start)
+    while text[i] != ")":
+        i = _end_of_condition(text, i + 1)
+    return text.index(";", i) + 1
 
 
 def rewrite(file: str, text: str) -> tuple[str, list[Site]]:
@@ -84,6 +96,11 @@ def rewrite(file: str, text: str) -> tuple[str, list[Site]]:
             text[found.start() : found.end() + 60],
             f"if (SITE) {found[0]}",
         )
+        end = _end_of_statement(text, found.start())
+        head = list(_FUNCTION.finditer(text, 0, found.start()))[-1]
+        # What would come to the end without a value is not compiled as it reads.
+        if text.startswith("\n}", end) and not head[0].startswith("void "):
+            edits.append((end, end, " return {};"))
     for pattern, group in ((_CALL, 2), (_LAMBDA_CALL, 1)):
         for found in pattern.finditer(text):
             call = found[group]

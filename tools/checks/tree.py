@@ -6,25 +6,48 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from . import cpp_sites, python_sites
 from .python_sites import Site
 
-__all__ = ["CPP", "PYTHON", "make"]
+__all__ = ["CPP", "ELSEWHERE", "PYTHON", "make", "sites_of"]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-# The check stage: between what a caller says and the first write.
+# The check stage: between what a caller says and the first write; of an iterable, before each write.
 PYTHON = (
-    "backend/checks.py", "backend/native.py", "before.py", "casting.py", "destinations.py", "fills.py",
-    "hooks.py", "judge.py", "lists.py", "loading.py", "localize.py", "patterns.py", "plan.py",
-    "proof.py", "resolve.py", "rules.py", "shapes.py", "sheets.py", "stacking.py",
-    "templates.py", "writes.py",
+    "backend/checks.py", "backend/claims.py", "backend/native.py", "backend/staging.py", "before.py", "casting.py",
+    "destinations.py", "dropin.py", "execution.py", "fills.py", "hooks.py", "iterate.py", "judge.py", "lists.py",
+    "loading.py", "localize.py", "ops.py", "patterns.py", "plan.py", "proof.py", "resolve.py", "rules.py",
+    "shapes.py", "sheets.py", "stacking.py", "stream.py", "templates.py", "writes.py",
 )  # fmt: skip
 CPP = (
-    "batch.cpp", "operators.cpp", "plan.cpp", "python_ops.cpp", "recorder.cpp", "tensors.cpp",
+    "batch.cpp", "claims.cpp", "devices.cpp", "held_claim.cpp", "operators.cpp", "patch.cpp", "plan.cpp",
+    "python_ops.cpp", "recorder.cpp", "tensors.cpp", "transfer.cpp",
 )  # fmt: skip
+# Files and folders whose refusals are of another kind. Whatever else refuses something is in the lists above.
+ELSEWHERE = {
+    "backend/build.py": "builds",
+    "backend/compile.py": "builds",
+    "backend/compile_cuda.py": "builds",
+    "backend/cuda.py": "which library is loaded",
+    "backend/loader.py": "which backend is loaded",
+    "backend/sources.py": "builds",
+    "backend/toolkit.py": "builds",
+    "cli": "commands",
+    "compare.py": "writes nothing",
+    "demo": "commands",
+    "distributed": "several ranks",
+    "fingerprint.py": "writes nothing",
+    "output.py": "files",
+    "recipes": "files",
+    "rulefile.py": "files",
+    "sharding.py": "several ranks",
+    "sources": "files",
+    "module.cpp": "which backend is used",
+}
 
 _KEPT = '''"""Which check is taken out."""
 import os
@@ -36,6 +59,21 @@ def keep(site):
             file.write(site + "\\n")
     return os.environ.get("PARAMKIT_CHECK_REMOVED") != site
 '''
+
+
+def _rewritten(python: Iterable[str], cpp: Iterable[str]) -> Iterator[tuple[str, str, list[Site]]]:
+    """The path of each file, its text with every check behind a question, and the checks."""
+    for name in python:
+        path = f"paramkit/{name}"
+        yield path, *python_sites.rewrite(path, (ROOT / path).read_text(encoding="utf-8"))
+    for name in cpp:
+        path = f"csrc/torch/{name}"
+        yield path, *cpp_sites.rewrite(path, (ROOT / path).read_text(encoding="utf-8"))
+
+
+def sites_of(python: Iterable[str] = PYTHON, cpp: Iterable[str] = CPP) -> list[Site]:
+    """The checks of these files."""
+    return [site for _, _, found in _rewritten(python, cpp) for site in found]
 
 
 def make(folder: Path, build: bool) -> list[Site]:
@@ -52,17 +90,10 @@ def make(folder: Path, build: bool) -> list[Site]:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
     sites: list[Site] = []
-    for name in PYTHON:
-        path = folder / "paramkit" / name
-        text, found = python_sites.rewrite(f"paramkit/{name}", path.read_text(encoding="utf-8"))
-        path.write_text(text, encoding="utf-8")
+    for path, text, found in _rewritten(PYTHON, CPP if build else ()):
+        (folder / path).write_text(text, encoding="utf-8")
         sites += found
     (folder / "paramkit" / "_kept.py").write_text(_KEPT, encoding="utf-8")
-    for name in CPP if build else ():
-        path = folder / "csrc" / "torch" / name
-        text, found = cpp_sites.rewrite(f"csrc/torch/{name}", path.read_text(encoding="utf-8"))
-        path.write_text(text, encoding="utf-8")
-        sites += found
     (folder / "csrc" / "core" / "kept.h").write_text(cpp_sites.HEADER, encoding="utf-8")
     if build:
         command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
