@@ -56,7 +56,10 @@ def emulated(library: Path, how: str) -> Iterator[str]:
 
 @pytest.fixture(params=["native", *(f"cpu:{name}" for name in CAPABILITIES), *EMULATED])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run the test once on every backend that this machine has; the value is its name."""
+    """Run the test once on every backend that this machine has; the value is its name.
+
+    Tests that need no more name "cpu" instead: the best instruction set of the machine.
+    """
     name: str = request.param
     if name in EMULATED:
         need_extension()
@@ -65,10 +68,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         return
     if name != "native":
         need_extension()
-        with paramkit.backend.force("cpu") as extension:
+    route, _, capability = name.partition(":")
+    if capability:
+        with paramkit.backend.force(route) as extension:
             available = extension.capabilities()
-        if name.removeprefix("cpu:") not in available:
-            pytest.skip(f"this machine has no {name.removeprefix('cpu:')}: {', '.join(available)}")
+        if capability not in available:
+            pytest.skip(f"this machine has no {capability}: {', '.join(available)}")
     with paramkit.backend.force(name):
         yield name
 

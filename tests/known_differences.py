@@ -92,7 +92,7 @@ def _list_is_refused() -> bool:
 
 def _casts(call: Call, reference: Seen, got: Seen) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(torch's destination, ours, where the source is NaN) of every conversion of real numbers."""
-    if call.kind not in ("copy_", "foreach_copy_") or reference.error is not None:
+    if call.kind not in ("copy_", "foreach_copy_") or reference.error or got.error:
         return
     sources = call.value if isinstance(call.value, (list, tuple)) else [call.value]
     for theirs, mine, src in zip(reference.tensors, got.tensors, sources):
