@@ -231,6 +231,7 @@ def test_samples_show_the_differences(compiled: str) -> None:
         (opinfo_calls.pairs, operators()["mm"], torch.float8_e4m3fnuz),
         (opinfo_calls.pairs, operators()["addmm"], torch.complex64),
         (opinfo_calls.assignments, operators()["__getitem__"], torch.float32),
+        (opinfo_calls.assignments, operators()["__getitem__"], torch.complex64),
     ):
         run(build, operator, samples(operator, dtype), tally)
     assert set(tally.differences) == {one.name for one in DIFFERENCES}
