@@ -85,6 +85,16 @@ def one_memory(backend: str) -> None:
         pytest.skip("host and device memory have nothing in common")
 
 
+@pytest.fixture(params=["native", "cpu"])
+def route(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test on torch's own calls and on the extension; the value is which."""
+    name: str = request.param
+    if name == "cpu":
+        need_extension()
+    with paramkit.backend.force(name):
+        yield name
+
+
 @pytest.fixture
 def compiled() -> Iterator[str]:
     """Run the test on the compiled extension, on the best instruction set."""
