@@ -103,6 +103,20 @@ def compiled() -> Iterator[str]:
         yield "cpu"
 
 
+@contextmanager
+def every_size() -> Iterator[None]:
+    """Inside the block `patch_torch` takes writes of every size: those of small models, too."""
+    extension = loader.extension()
+    if not hasattr(extension, "set_patch_least_bytes"):
+        yield
+        return
+    before = extension.set_patch_least_bytes(1)
+    try:
+        yield
+    finally:
+        extension.set_patch_least_bytes(before)
+
+
 PATCHED = ("native", "cpu", "patched")
 
 
@@ -118,7 +132,7 @@ def patched(request: pytest.FixtureRequest) -> Iterator[str]:
         if request.param == "cpu":
             yield "cpu"
             return
-        with paramkit.patch_torch():
+        with paramkit.patch_torch(), every_size():
             yield "patched"
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import paramkit
-from paramkit.backend import loader
 from tests import opinfo_calls
 from tests.cases import DTYPES
+from tests.conftest import every_size
 from tests.guards import assert_same_bits
 from tests.opinfo_samples import (
     Sample,
@@ -35,24 +35,17 @@ from tests.twins import Twins, is_strided
 
 __all__ = ["tally"]
 
-pytestmark = pytest.mark.usefixtures("every_size")
-
 # Their result is memory that nobody has written.
 UNINITIALIZED = (
     "empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided",
 )  # fmt: skip
 
 
-@pytest.fixture
-def every_size(backend: str) -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def _every_size(backend: str) -> Iterator[None]:
     """Most samples are smaller than the writes that the patch takes from torch."""
-    extension = loader.extension()
-    if not hasattr(extension, "set_patch_least_bytes"):
+    with every_size():
         yield
-        return
-    before = extension.set_patch_least_bytes(1)
-    yield
-    extension.set_patch_least_bytes(before)
 
 
 @compiled_only
