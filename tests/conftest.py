@@ -71,7 +71,10 @@ def emulated(library: Path, how: str) -> Iterator[str]:
 
 @pytest.fixture(params=["native", *(f"cpu:{name}" for name in CAPABILITIES), *EMULATED])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run the test once on every backend that this machine has; the value is its name."""
+    """Run the test once on every backend that this machine has; the value is its name.
+
+    Tests that need no more name "cpu" instead: the best instruction set of the machine.
+    """
     name: str = request.param
     if name in EMULATED:
         need_extension()
@@ -80,10 +83,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         return
     if name != "native":
         need_extension()
-        with paramkit.backend.force("cpu") as extension:
+    route, _, capability = name.partition(":")
+    if capability:
+        with paramkit.backend.force(route) as extension:
             available = extension.capabilities()
-        if name.removeprefix("cpu:") not in available:
-            pytest.skip(f"this machine has no {name.removeprefix('cpu:')}: {', '.join(available)}")
+        if capability not in available:
+            pytest.skip(f"this machine has no {capability}: {', '.join(available)}")
     with paramkit.backend.force(name):
         yield name
 
@@ -95,12 +100,36 @@ def one_memory(backend: str) -> None:
         pytest.skip("host and device memory have nothing in common")
 
 
+@pytest.fixture(params=["native", "cpu"])
+def route(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test on torch's own calls and on the extension; the value is which."""
+    name: str = request.param
+    if name == "cpu":
+        need_extension()
+    with paramkit.backend.force(name):
+        yield name
+
+
 @pytest.fixture
 def compiled() -> Iterator[str]:
     """Run the test on the compiled extension, on the best instruction set."""
     need_extension()
     with paramkit.backend.force("cpu"):
         yield "cpu"
+
+
+@contextmanager
+def every_size() -> Iterator[None]:
+    """Inside the block `patch_torch` takes writes of every size: those of small models, too."""
+    extension = loader.extension()
+    if not hasattr(extension, "set_patch_least_bytes"):
+        yield
+        return
+    before = extension.set_patch_least_bytes(1)
+    try:
+        yield
+    finally:
+        extension.set_patch_least_bytes(before)
 
 
 PATCHED = ("native", "cpu", "patched")
@@ -118,7 +147,7 @@ def patched(request: pytest.FixtureRequest) -> Iterator[str]:
         if request.param == "cpu":
             yield "cpu"
             return
-        with paramkit.patch_torch():
+        with paramkit.patch_torch(), every_size():
             yield "patched"
 
 

@@ -22,7 +22,7 @@ from .twins import is_strided
 if TYPE_CHECKING:
     from .parity import Call, Seen
 
-__all__ = ["DIFFERENCES", "Difference"]
+__all__ = ["DIFFERENCES", "VERSIONS", "Difference"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _list_is_refused() -> bool:
 
 def _casts(call: Call, reference: Seen, got: Seen) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(torch's destination, ours, where the source is NaN) of every conversion of real numbers."""
-    if call.kind not in ("copy_", "foreach_copy_") or reference.error is not None:
+    if call.kind not in ("copy_", "foreach_copy_") or reference.error or got.error:
         return
     sources = call.value if isinstance(call.value, (list, tuple)) else [call.value]
     for theirs, mine, src in zip(reference.tensors, got.tensors, sources):
@@ -171,6 +171,47 @@ def _index_shows() -> bool:
     return False
 
 
+def _plan_error(call: Call, reference: Seen, got: Seen) -> bool:
+    return (
+        call.kind == "assign"
+        and type(reference.error) is RuntimeError
+        and type(got.error) is paramkit.PlanError
+    )
+
+
+def _plan_error_shows() -> bool:
+    tensor = torch.zeros(3)
+    try:
+        with paramkit.writes({"tensor": tensor}) as w:
+            w["tensor"][:2] = torch.ones(5)
+    except RuntimeError as error:
+        return type(error) is paramkit.PlanError
+    return False
+
+
+def _versions(call: Call, reference: Seen, got: Seen) -> bool:
+    return (
+        call.kind == "assign"
+        and reference.error is got.error is None
+        and got.rises != reference.rises
+        and all(1 <= rise <= 2 for rise in got.rises)  # a call is one assignment
+    )
+
+
+def _versions_show() -> bool:
+    """Three by the kernels, and one that they leave to torch."""
+    rises = []
+    for dtype, count in ((torch.float32, 3), (torch.complex64, 1)):
+        tensor = torch.zeros(3, dtype=dtype)
+        with paramkit.writes({"tensor": tensor}) as w:
+            for index in range(count):
+                w["tensor"][index] = torch.ones(())
+        rises.append(tensor._version)
+    return rises == [1, 2]
+
+
+VERSIONS = "versions after `writes`"
+
 DIFFERENCES: tuple[Difference, ...] = (
     Difference(
         name="a list that fails",
@@ -213,5 +254,21 @@ DIFFERENCES: tuple[Difference, ...] = (
         why="which elements depends on data, which a plan cannot check beforehand",
         matches=_index,
         shows=_index_shows,
+    ),
+    Difference(
+        name="an error of `writes`",
+        torch="RuntimeError, of the first bad assignment",
+        paramkit="PlanError, which is a RuntimeError, at the end of the block",
+        why="it has everything that is wrong with the block",
+        matches=_plan_error,
+        shows=_plan_error_shows,
+    ),
+    Difference(
+        name=VERSIONS,
+        torch="rise by one for each assignment",
+        paramkit="rise by one in all, and by one for each assignment that the kernels leave to torch",
+        why="autograd needs only that they rise",
+        matches=_versions,
+        shows=_versions_show,
     ),
 )

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,21 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 
 import paramkit
 from paramkit import PlanError
-from tests.conftest import need_extension
 from tests.guards import Layout, place, watch
 from tests.threads import Paused, Work, together
 
 LARGE = 1 << 20  # elements: more than one thread's share
 LIMIT = 60.0  # seconds
-
-
-@pytest.fixture(params=["native", "cpu"])
-def route(request: pytest.FixtureRequest) -> Iterator[str]:
-    name: str = request.param
-    if name == "cpu":
-        need_extension()
-    with paramkit.backend.force(name):
-        yield name
 
 
 def in_child(call: Callable[[], object], limit: float = LIMIT) -> None:

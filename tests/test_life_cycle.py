@@ -10,7 +10,7 @@ import sys
 import sysconfig
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,6 @@ from tests.guards import nothing_written, watch
 from tests.threads import Paused, together
 
 COUNT, STAGING = 8, 16384
-
-
-@pytest.fixture(params=["native", "cpu"])
-def route(request: pytest.FixtureRequest) -> Iterator[str]:
-    name: str = request.param
-    if name == "cpu":
-        need_extension()
-    with paramkit.backend.force(name):
-        yield name
 
 
 def model_of(numel: int, value: float = 0.0) -> nn.ParameterDict:

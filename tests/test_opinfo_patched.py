@@ -1,8 +1,7 @@
 """torch's own samples with `patch_torch`: every operator gives what it gives without.
 
 Operators call `copy_` and `fill_` inside themselves, so this runs all of torch's database: results,
-strides, autograd and errors. Writes of less than 512 bytes stay with torch; the samples that are
-larger take the kernels, which is asserted.
+strides, autograd and errors. Writes of every size take the kernels here, which is asserted.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from torch.utils import _pytree as pytree
 import paramkit
 from tests import opinfo_calls
 from tests.cases import DTYPES
+from tests.conftest import every_size
 from tests.guards import assert_same_bits
 from tests.opinfo_samples import (
     Sample,
@@ -30,12 +30,10 @@ from tests.opinfo_samples import (
     seed,
 )
 from tests.parity import PATCHED, Tally
-from tests.test_opinfo import KINDS, SHARDS, named, rotated, run, shard, tally
+from tests.test_opinfo import KINDS, SHARDS, compiled_only, named, rotated, run, shard, tally
 from tests.twins import Twins, is_strided
 
 __all__ = ["tally"]
-
-compiled_only = pytest.mark.parametrize("backend", ["cpu:avx512"], indirect=True)
 
 # Their result is memory that nobody has written.
 UNINITIALIZED = (
@@ -43,8 +41,15 @@ UNINITIALIZED = (
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _every_size(backend: str) -> Iterator[None]:
+    """Most samples are smaller than the writes that the patch takes from torch."""
+    with every_size():
+        yield
+
+
 @compiled_only
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("joins", "fills")])
+@pytest.mark.parametrize("kind", KINDS)
 def test_writes(kind: str, tally: Tally) -> None:
     build, names = KINDS[kind]
     for number, operator in enumerate(named(names)):
@@ -130,6 +135,17 @@ def test_errors(tally: Tally) -> None:
         for number, (sample, _) in enumerate(error_samples(operator)):
             same(operator.op, sample, tally, f"{operator.full_name}, error {number}")
     assert tally.errors > 50
+
+
+@pytest.mark.slow
+@compiled_only
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_sample(kind: str, tally: Tally) -> None:
+    """The operators that are writes, with torch's longer lists of samples."""
+    build, names = KINDS[kind]
+    for operator in named(names):
+        for dtype in DTYPES:
+            run(build, operator, samples(operator, dtype, reference=True), tally, side=PATCHED)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from paramkit.backend import loader, native
 
-__all__ = ["Paused", "Work", "claims", "hasty", "together"]
+__all__ = ["LIMIT", "Paused", "Work", "claims", "hasty", "together", "until_it_waits"]
 
 LIMIT = 60.0
 """Seconds after which something hangs."""
@@ -78,6 +78,27 @@ class Paused:
         """Let it end; what it returned."""
         self._on.set()
         return self._work.result()
+
+
+def until_it_waits(call: Callable[[], object]) -> Work:
+    """Begin a call in a thread; returns when it waits for something without the GIL, or is over.
+
+    No thread takes the GIL from another meanwhile, so what the call does before that is done in one go.
+    """
+    begun = threading.Event()
+
+    def begin() -> object:
+        begun.set()
+        return call()
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(LIMIT)
+    try:
+        work = Work(begin)
+        assert begun.wait(LIMIT)
+    finally:
+        sys.setswitchinterval(before)
+    return work
 
 
 @contextmanager
