@@ -70,7 +70,7 @@ def test_lists_on_every_backend(emulator: Path) -> None:
                 leaves_none = hasattr(extension, SET_LEAST)
             if leaves_none:  # in the other half of the blocks
                 every = result.routes[EVERY_SIZE]
-                assert every["fill"] > 2 * routes["fill"], (every, routes)
+                assert every["fill"] > 1.5 * routes["fill"], (every, routes)
         elif backend in ("cuda:to device", "cuda:to host"):
             assert routes["staged"] > runs > LISTS // 500
         else:
