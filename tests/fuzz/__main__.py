@@ -61,9 +61,13 @@ def fuzz_lists(args: argparse.Namespace) -> int:
         f"  refused by torch {result.errors:,}; plans {result.plans:,}, refused {result.refused:,}"
     )
     print("  " + ", ".join(f"{kind} {n:,}" for kind, n in sorted(result.kinds.items())))
-    for backend in backends:
-        routes = ", ".join(f"{family} {n:,}" for family, n in result.routes[backend].items() if n)
-        print(f"  {backend}: {result.runs[backend]:,} lists; {routes}")
+    print(f"  written by several threads {result.parallel:,}")
+    for backend, runs in result.runs.items():
+        scales = ", ".join(f"{runs[scale]:,} {scale}" for scale in generate.SCALES)
+        print(f"  {backend}: {runs.total():,} lists, {scales}")
+    for name, counts in result.routes.items():
+        routes = ", ".join(f"{family} {n:,}" for family, n in counts.items() if n)
+        print(f"  writes, {name}: {routes}")
     for failure in result.failures:
         print(f"\n{failure.name} on {failure.backend}: {failure.what}\n\n{failure.program}")
     return 1 if result.failures else 0
@@ -97,7 +101,7 @@ def main() -> int:
     add("--processes", type=int, default=os.cpu_count() or 1)
     add("--backend", action="append", default=[], help="all if not given; may be repeated")
     add(
-        "--emulate-every", type=int, default=10, help="blocks of which one goes to the emulated GPU"
+        "--emulate-every", type=int, default=11, help="blocks of which one goes to the emulated GPU"
     )
     add("--first-block", type=int, default=0)
     add("--core-seconds", type=int, default=60, help="for the C++ core; 0: none")

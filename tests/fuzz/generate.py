@@ -13,22 +13,30 @@ import numpy as np
 import torch
 
 from tests.cases import DTYPES
-from tests.fuzz.values import KINDS, pool
+from tests.fuzz.values import KINDS, POOL, pool
 
 __all__ = [
     "GUARD",
     "SCALES",
+    "SERIAL",
+    "SHIFTS",
     "Scale",
     "View",
     "Write",
     "WriteList",
     "block",
-    "lists_in",
     "scale_of",
+    "shift_of",
 ]
 
 GUARD = 64
 """Bytes of pattern in front of each zone, and behind the last."""
+
+SERIAL = 30_000
+"""Elements of a write that one thread of torch's does: of more, memory that overlaps has no order in it."""
+
+SHIFTS = (0, 0, 16, 32, 48)
+"""Bytes behind a multiple of 64 at which arenas begin. Of what is no multiple of 16 torch fills no complex128."""
 
 RANK = 5
 SIZES = {dtype: dtype.itemsize for dtype in DTYPES}
@@ -58,18 +66,20 @@ class Scale:
 SCALES = {
     "small": Scale("small", 512, 250),
     "medium": Scale("medium", 6 << 10, 100),
-    "large": Scale("large", 320 << 10, 8),  # several threads, several blocks and strips
+    "large": Scale("large", 128 << 10, 30),  # several threads, several blocks and strips
 }
 
 
+# Of blocks 0, 1, ... each process takes every second, say, and every 61st goes to an emulated GPU. These periods
+# have no factor in common with those or with one another, so that everything meets everything.
 def scale_of(number: int) -> Scale:
     """The scale of a block."""
-    return SCALES["large" if number % 50 == 49 else "medium" if number % 8 == 7 else "small"]
+    return SCALES[{3: "medium", 6: "large"}.get(number % 7, "small")]
 
 
-def lists_in(number: int) -> int:
-    """How many lists a block has."""
-    return scale_of(number).lists
+def shift_of(number: int) -> int:
+    """Where the arenas of a block begin."""
+    return SHIFTS[number % len(SHIFTS)]
 
 
 @dataclass(frozen=True)
@@ -103,15 +113,21 @@ class WriteList:
     apart: bool  # no source is in a zone that is written
     keeps_errors: bool  # writes that torch refuses stay: nothing may then be written
     kind: str
-    phase: int = 0
+    shift: int = 0  # bytes behind a multiple of 64 at which its arena begins
 
 
 class _Sides:
     """Sizes and strides of many writes at once: arrays [n, RANK]; axes beyond the rank have size 1."""
 
     def __init__(
-        self, rng: np.random.Generator, n: int, rooms: tuple[np.ndarray, np.ndarray]
+        self,
+        rng: np.random.Generator,
+        rooms: tuple[np.ndarray, np.ndarray],
+        meets: np.ndarray,
+        large: bool,
     ) -> None:
+        """`rooms`: elements [n] that each side has; `meets`: whether both may share memory [n]."""
+        n = len(meets)
         self.rng, self.n = rng, n
         self.rank = rng.choice(RANK + 1, n, p=(0.06, 0.3, 0.28, 0.2, 0.1, 0.06))
         sizes = rng.integers(1, 9, (n, RANK))
@@ -120,14 +136,21 @@ class _Sides:
         edge = rng.random((n, RANK)) < 0.12
         sizes[edge] = rng.choice(EDGES[1:], int(edge.sum()))
         sizes[rng.random((n, RANK)) < 0.006] = 0
-        large = rooms[0] > 20000  # of an arena that is worth it
-        sizes[large] *= rng.choice((1, 1, 3, 11), (int(large.sum()), RANK))
+        if large:
+            sizes *= rng.choice((1, 1, 3, 11), (n, RANK))
         sizes[np.arange(RANK)[None, :] >= self.rank[:, None]] = 1
-        # Of more elements torch's threads share a write, and where it overlaps itself they have no order.
+        serial = meets if large else np.ones(n, bool)
+        # In large arenas mostly a good part of the room: one axis is as long as the others leave.
+        grown = np.flatnonzero((self.rank > 0) & (rng.random(n) < (0.85 if large else 0)))
+        axes = rng.integers(0, self.rank[grown])
+        sizes[grown, axes] = 1
+        others = np.maximum(sizes[grown].astype(np.float64).prod(1), 1)
+        wanted = np.where(serial, np.minimum(rooms[0], SERIAL), rooms[0])[grown]
+        sizes[grown, axes] = np.ceil(wanted * np.sqrt(rng.random(len(grown))) / others)
         for axis in range(RANK):
-            many = ~large & (sizes.prod(1) > 30_000)
+            many = serial & (sizes.prod(1) > SERIAL)
             sizes[many, axis] = 1
-        self.sizes, self.large = sizes, large
+        self.sizes, self.serial = sizes, serial
         self.dst, _ = self._strides(rooms[0], 0.0, 0.03)
         self.src, _ = self._strides(rooms[1], 0.08, 0.05)
         # Only now: the source may have made an axis shorter.
@@ -146,7 +169,7 @@ class _Sides:
             axis = order[:, turn]
             stride = step * np.where(rng.random(n) < 0.12, rng.integers(2, 4, n), 1)
             stride = np.where(rng.random(n) < zero, 0, stride)
-            strange = (rng.random(n) < odd) & ~self.large
+            strange = (rng.random(n) < odd) & self.serial
             stride = np.where(strange, rng.integers(0, 10, n), stride)
             size = self.sizes[rows, axis]
             most = np.where(stride == 0, size, (room - span) // np.maximum(stride, 1) + 1)
@@ -162,25 +185,28 @@ class _Sides:
         return (self.rng.random(self.n) * (room - span + 1)).astype(np.int64)
 
 
-def _zones_of(rng: np.random.Generator, converts: bool) -> tuple[str, list[torch.dtype]]:
+def _zones_of(draws: list[int], converts: bool) -> tuple[str, list[torch.dtype]]:
     """The kind of a list, and the dtypes of its zones: the first two may be written."""
     if not converts:
         return "moves", [torch.uint8] * 4
-    kind = KINDS[rng.integers(len(KINDS))]
-    pick = lambda dtypes: dtypes[rng.integers(len(dtypes))]  # noqa: E731
-    return kind.name, [pick(kind.destinations if z < 2 else kind.sources) for z in range(4)]
+    kind = KINDS[draws[4] % len(KINDS)]
+    sides = [kind.destinations if z < 2 else kind.sources for z in range(4)]
+    return kind.name, [side[n % len(side)] for n, side in zip(draws, sides)]
 
 
 def _arena(
-    rng: np.random.Generator, scale: Scale, noise: np.ndarray, kind: str, zones: list[torch.dtype]
+    draws: list[int], scale: Scale, noise: np.ndarray, kind: str, zones: list[torch.dtype]
 ) -> bytes:
     if kind == "moves":
         return noise.tobytes()
     for z, dtype in enumerate(zones):
         numbers = pool(kind, dtype)
         size = SIZES[dtype]
-        first = int(rng.integers(len(numbers) // size)) * size
-        wanted = np.take(numbers, np.arange(first, first + scale.zone), mode="wrap")
+        if len(numbers) >= scale.zone:
+            first = draws[z] % ((len(numbers) - scale.zone) // size + 1) * size
+            wanted = numbers[first : first + scale.zone]
+        else:
+            wanted = np.resize(np.roll(numbers, draws[z] % POOL * size), scale.zone)
         noise[scale.zone_at(z) : scale.zone_at(z) + scale.zone] = wanted
     return noise.tobytes()
 
@@ -191,23 +217,33 @@ def block(seed: int, number: int) -> list[WriteList]:
     rng = np.random.default_rng([seed, number])
     count = scale.lists
     per_list = np.minimum(rng.integers(1, 9, count), rng.integers(2, 9, count))
+    per_list += scale.name == "large"
     total = int(per_list.sum())
     converts = rng.random(count) < 0.5
     apart = rng.random(count) < 0.5
-    if scale.name == "large":
-        apart[:] = True  # where memory overlaps torch's threads have no order
     ones = (rng.random(count) < 0.3) & ~converts  # bytes of 0 and 1, which a bool may be
     hows = rng.choice(("copy", "fill", "each", "plan"), count, p=(0.64, 0.14, 0.2, 0.02))
     keeps = rng.random(count) < 0.1
-    noise = rng.integers(0, 256, (count, scale.bytes), dtype=np.uint8)
+    words = rng.integers(0, 1 << 64, (count, scale.bytes // 8), dtype=np.uint64)
+    # In some every float is a NaN or infinite.
+    words[(rng.random(count) < 0.1) & ~converts & ~ones] |= np.uint64(0x7FF07F807F807F80)
+    noise = words.view(np.uint8)
     noise[ones] &= 1
     owner = np.repeat(np.arange(count), per_list)
 
     # Where each side of each write is, and its dtype.
-    kinds = [_zones_of(rng, bool(each)) for each in converts]
+    draws = rng.integers(0, 1 << 40, (2, count, 5)).tolist()
+    kinds = [_zones_of(draws[0][at], bool(each)) for at, each in enumerate(converts)]
     dtypes = rng.integers(0, len(DTYPES), total)
     zone_dst, zone_src = rng.integers(0, 2, total), rng.integers(0, 4, total)
     zone_src = np.where(apart[owner], 2 + zone_src % 2, zone_src)
+    # Whether the sides of a write may share memory. Else those of other writes of the list still may.
+    meets = ~apart[owner]
+    if scale.name == "large":
+        meets &= rng.random(total) < 0.5
+        zone_src = np.where(~meets & (zone_src == zone_dst), 1 - zone_dst, zone_src)
+    cuts = rng.uniform(0.2, 0.8, total)
+    ahead = rng.random(total) < 0.5
     places = []
     for w, at in enumerate(owner.tolist()):
         if converts[at]:
@@ -223,12 +259,19 @@ def block(seed: int, number: int) -> list[WriteList]:
         half = 2 * scale.zone + GUARD
         if apart[at]:
             places.append((dtype, GUARD, half, dtype, scale.zone_at(2), half))
-        else:
-            whole = scale.bytes - 2 * GUARD
+            continue
+        whole = scale.bytes - 2 * GUARD
+        if meets[w]:
             places.append((dtype, GUARD, whole, dtype, GUARD, whole))
+            continue
+        cut = int(whole * cuts[w]) // 16 * 16
+        front, back = (GUARD, cut), (GUARD + cut, whole - cut)
+        places.append(
+            (dtype, *(front if ahead[w] else back), dtype, *(back if ahead[w] else front))
+        )
     room_dst = np.array([p[2] // SIZES[p[0]] for p in places])
     room_src = np.array([p[5] // SIZES[p[3]] for p in places])
-    sides = _Sides(rng, total, (room_dst, room_src))
+    sides = _Sides(rng, (room_dst, room_src), meets, scale.name == "large")
 
     # How sources differ from the shape: axes of 1, and missing ones.
     single = (rng.random((total, RANK)) < 0.3) & (rng.random(total) < 0.2)[:, None]
@@ -288,12 +331,13 @@ def block(seed: int, number: int) -> list[WriteList]:
             WriteList(
                 f"{seed}:{number}:{at}",
                 scale,
-                _arena(rng, scale, noise[at], kind, zones),
+                _arena(draws[1][at], scale, noise[at], kind, zones),
                 writes,
                 how,
                 bool(apart[at]),
                 bool(keeps[at]),
                 kind,
+                shift_of(number),
             )
         )
     return lists

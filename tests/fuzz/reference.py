@@ -16,11 +16,11 @@ __all__ = ["Arena", "Prepared", "prepare"]
 
 
 class Arena:
-    """Bytes that the views of list after list lie in."""
+    """Bytes that the views of list after list lie in, from some bytes behind a multiple of 64 on."""
 
-    def __init__(self, scale: Scale) -> None:
-        whole = np.zeros(scale.bytes + 64, np.uint8)
-        first = -whole.ctypes.data % 64
+    def __init__(self, scale: Scale, shift: int = 0) -> None:
+        whole = np.zeros(scale.bytes + 128, np.uint8)
+        first = -whole.ctypes.data % 64 + shift
         self.bytes = whole[first : first + scale.bytes]
         self._memory = memoryview(self.bytes)
         raw = torch.from_numpy(self.bytes)

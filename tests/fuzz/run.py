@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import mmap
 import os
 import signal
@@ -13,9 +14,10 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,10 +28,20 @@ from tests.fuzz import generate
 from tests.fuzz.generate import View, WriteList
 from tests.fuzz.reference import Arena, Prepared, conflict, prepare
 
-__all__ = ["Failure", "Result", "Runner", "available", "program_of"]
+__all__ = ["Failure", "Result", "Runner", "available", "every_size", "program_of"]
 
 NATIVE = "native"
 PATCHED = "patched torch"
+EVERY_SIZE = "patched torch, writes of every size"  # a name in Result.routes alone
+THREADS = 3
+"""Of torch and the kernels, on every machine. With three, parts are not all alike."""
+PARALLEL_BYTES = 256 << 10
+"""What a program has to write for several threads: kParallelBytes in csrc/cpu/run.h."""
+SET_LEAST = "set_patch_least_bytes"
+"""Of the extension: from how many bytes on patched torch takes the kernels; returns the former number."""
+LEAST = 33
+"""That number here. To make a number an element, the library itself has torch fill two, of up to 16 bytes each."""
+
 CRASHES = int(os.environ.get("PARAMKIT_FUZZ_CRASH", "0"))
 """A planted crash: lists whose first destination has so many elements end the process. For a test."""
 
@@ -60,23 +72,24 @@ class Result:
 
     lists: int = 0
     writes: int = 0
-    runs: Counter[str] = field(default_factory=Counter)  # lists, by backend
+    runs: dict[str, Counter[str]] = field(default_factory=dict)  # lists by scale, by backend
     routes: dict[str, Counter[str]] = field(
         default_factory=dict
     )  # writes by kernel family, by backend
     kinds: Counter[str] = field(default_factory=Counter)
     errors: int = 0  # lists that torch refuses
+    parallel: int = 0  # lists with a program that several threads share
     plans: int = 0
     refused: int = 0  # plans, because of a conflict
     failures: list[Failure] = field(default_factory=list)
 
     def add(self, other: Result) -> None:
-        for name in ("lists", "writes", "errors", "plans", "refused"):
+        for name in ("lists", "writes", "errors", "parallel", "plans", "refused"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.runs.update(other.runs)
         self.kinds.update(other.kinds)
-        for backend, routes in other.routes.items():
-            self.routes.setdefault(backend, Counter()).update(routes)
+        for mine, others in ((self.runs, other.runs), (self.routes, other.routes)):
+            for backend, counts in others.items():
+                mine.setdefault(backend, Counter()).update(counts)
         self.failures += other.failures
 
     def to_json(self) -> str:
@@ -85,8 +98,9 @@ class Result:
     @classmethod
     def from_json(cls, text: str) -> Result:
         data = json.loads(text)
-        data["runs"], data["kinds"] = Counter(data["runs"]), Counter(data["kinds"])
-        data["routes"] = {name: Counter(routes) for name, routes in data["routes"].items()}
+        data["kinds"] = Counter(data["kinds"])
+        for name in ("runs", "routes"):
+            data[name] = {backend: Counter(counts) for backend, counts in data[name].items()}
         data["failures"] = [Failure(**each) for each in data["failures"]]
         return cls(**data)
 
@@ -110,6 +124,39 @@ def suits(backend: str, prepared: Prepared) -> bool:
     """Whether a list means anything there: host and device memory have nothing in common."""
     one_memory = backend not in ("cuda:to device", "cuda:to host")
     return one_memory or (prepared.list.apart and prepared.list.how == "copy")
+
+
+def every_size(number: int) -> bool:
+    """Whether a block gives writes of every size to what large ones alone would reach."""
+    return number // 8 % 2 == 1  # see generate.scale_of
+
+
+@contextmanager
+def settings(backend: str, number: int) -> Iterator[None]:
+    """What a block is run with, on the backend that is active.
+
+    Stores of the CPU's kernels bypass the cache in every write that they can, or in very large ones alone; patched
+    torch keeps from the kernels what is smaller than `LEAST` bytes, or what it always does.
+    """
+    extension: Any = paramkit.backend.active()
+    if backend.startswith("cpu"):
+        change, value = extension.set_stream_bytes, 0 if every_size(number) else -1
+    elif backend == PATCHED and every_size(number) and hasattr(extension, SET_LEAST):
+        change, value = getattr(extension, SET_LEAST), LEAST
+    else:
+        yield
+        return
+    before = change(value)
+    try:
+        yield
+    finally:
+        change(before)
+
+
+def largest_program(prepared: Prepared) -> int:
+    """Bytes of the most that a list writes at once."""
+    counts = [write.dst.dtype.itemsize * math.prod(write.dst.shape) for write in prepared.writes]
+    return max(counts) if prepared.list.how == "each" else sum(counts)
 
 
 def write_list(prepared: Prepared) -> None:
@@ -158,7 +205,8 @@ class Runner:
         progress: Path | None = None,
     ) -> None:
         self.backends, self.emulator, self.emulate_every = list(backends), emulator, emulate_every
-        self._arenas: dict[str, Arena] = {}
+        self._arenas: dict[tuple[str, int], Arena] = {}
+        torch.set_num_threads(THREADS)
         self._progress = None
         if progress is not None:
             progress.write_bytes(bytes(24))
@@ -166,10 +214,10 @@ class Runner:
                 self._progress = mmap.mmap(file.fileno(), 24)
 
     def arena(self, each: WriteList) -> Arena:
-        name = each.scale.name
-        if name not in self._arenas:
-            self._arenas[name] = Arena(each.scale)
-        return self._arenas[name]
+        key = each.scale.name, each.shift
+        if key not in self._arenas:
+            self._arenas[key] = Arena(each.scale, each.shift)
+        return self._arenas[key]
 
     def run_block(self, seed: int, number: int) -> Result:
         result = Result()
@@ -182,6 +230,7 @@ class Runner:
             result.writes = sum(len(p.writes) for p in prepared)
             result.kinds.update(p.list.kind for p in prepared)
             result.errors = sum(p.error is not None for p in prepared)
+            result.parallel = sum(largest_program(p) >= PARALLEL_BYTES for p in prepared)
             for at, backend in enumerate(self.backends):
                 if backend in EMULATED and number % self.emulate_every:
                     continue
@@ -191,20 +240,23 @@ class Runner:
     def _run_backend(
         self, result: Result, number: int, at: int, backend: str, prepared: list[Prepared]
     ) -> None:
-        # In every second block stores bypass the cache, which they else do in large lists alone.
-        streams = streaming(number % 2 == 1) if backend.startswith("cpu") else nullcontext()
-        with on_backend(backend, self.emulator), streams, paramkit.backend.trace() as trace:
+        runs = result.runs.setdefault(backend, Counter())
+        with (
+            on_backend(backend, self.emulator),
+            settings(backend, number),
+            paramkit.backend.trace() as trace,
+        ):
             for each in prepared:
                 if not suits(backend, each):
                     continue
                 index = int(each.list.name.rsplit(":", 1)[1])
                 self._note(number, at, index)
-                result.runs[backend] += 1
+                runs[each.list.scale.name] += 1
                 what = self.differs(each, backend, result)
                 if what:
                     result.failures.append(Failure(each.list.name, backend, what))
-        result.routes[backend] = Counter(trace.routes)
-        result.routes[backend]["cast"] = trace.casts
+        name = EVERY_SIZE if backend == PATCHED and every_size(number) else backend
+        result.routes[name] = Counter({**trace.routes, "cast": trace.casts})
 
     def differs(self, each: Prepared, backend: str, result: Result | None = None) -> str:
         """What the backend does other than torch, or nothing."""
@@ -259,8 +311,7 @@ class Runner:
             prepared = prepare(self.arena(each), each)
             if prepared is None or not suits(backend, prepared):
                 return ""
-            streams = streaming(block % 2 == 1) if backend.startswith("cpu") else nullcontext()
-            with on_backend(backend, self.emulator), streams:
+            with on_backend(backend, self.emulator), settings(backend, block):
                 return self.differs(prepared, backend)
 
     def shrink(self, failure: Failure) -> tuple[WriteList, str]:
@@ -288,17 +339,6 @@ class Runner:
         """Shrink it, and put a program into it."""
         smallest, failure.what = self.shrink(failure)
         failure.program = program_of(smallest, failure)
-
-
-@contextmanager
-def streaming(always: bool) -> Iterator[None]:
-    """Whether every store of a kernel that can bypasses the cache."""
-    extension = paramkit.backend.active()
-    before = extension.set_stream_bytes(0 if always else -1)
-    try:
-        yield
-    finally:
-        extension.set_stream_bytes(before)
 
 
 def first_difference(got: bytes, want: bytes) -> str:
@@ -339,9 +379,11 @@ def program_of(each: WriteList, failure: Failure) -> str:
         ours = "torch._foreach_copy_(dsts, srcs)" if each.how == "copy" else ours
     else:
         inside, more = f"paramkit.backend.force({failure.backend!r})", ""
-    stream = ""
-    if failure.backend.startswith("cpu") and number % 2 == 1:
-        stream = "paramkit.backend.active().set_stream_bytes(0)\n"
+    setting = ""
+    if failure.backend.startswith("cpu") and every_size(number):
+        setting = "paramkit.backend.active().set_stream_bytes(0)\n"
+    elif failure.backend == PATCHED and every_size(number):
+        setting = f"getattr(paramkit.backend.active(), {SET_LEAST!r}, int)({LEAST})\n"
     # One by one, and in torch itself, what comes before an error is written.
     partly = each.how == "each" or failure.backend == PATCHED
     pairs = "".join(f"    ({_view(write.dst)}, {_view(write.src)}),\n" for write in each.writes)
@@ -353,11 +395,13 @@ import numpy as np
 import torch
 import paramkit
 {more}
+torch.set_num_threads({THREADS})
 start = {memory}
-memory = np.zeros({count} + 64, np.uint8)
-memory = memory[-memory.ctypes.data % 64 :][:{count}]
+memory = np.zeros({count} + 128, np.uint8)
+memory = memory[-memory.ctypes.data % 64 + {each.shift} :][:{count}]
+raw = torch.from_numpy(memory)  # one storage: of several, torch does not see what overlaps
 def view(dtype, offset, shape, strides):
-    return torch.from_numpy(memory).view(dtype).as_strided(shape, strides, offset)
+    return raw.view(dtype).as_strided(shape, strides, offset)
 pairs = [
 {pairs}]
 dsts, srcs = map(list, zip(*pairs))
@@ -373,7 +417,7 @@ memory[:] = bytearray(start)
 mine = None
 try:
     with {inside}:
-{textwrap.indent(stream + ours, "        ")}
+{textwrap.indent(setting + ours, "        ")}
 except Exception as problem:
     mine = problem
 assert type(mine) is type(error), f"raised {{mine!r}}, torch {{error!r}}"

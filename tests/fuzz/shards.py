@@ -110,7 +110,8 @@ def run_shards(jobs: Sequence[Job], say: bool = False) -> Result:
         for at, job in enumerate(jobs):
             out, progress = folder / f"{at}.json", folder / f"{at}.progress"
             more = ["--out", str(out), "--progress", str(progress)] + (["--say"] if say else [])
-            environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+            # Threads that wait leave the processors to the other processes.
+            environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
             process = subprocess.Popen(_arguments(job, *more), cwd=ROOT, env=environ)
             running.append((process, job, out, progress))
         try:
