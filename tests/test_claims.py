@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,15 +15,6 @@ import paramkit
 from paramkit import PlanError
 from tests.conftest import need_extension
 from tests.threads import LIMIT, Work
-
-
-@pytest.fixture(params=["native", "cpu"])
-def route(request: pytest.FixtureRequest) -> Iterator[str]:
-    name: str = request.param
-    if name == "cpu":
-        need_extension()
-    with paramkit.backend.force(name):
-        yield name
 
 
 class Held:
