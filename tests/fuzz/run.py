@@ -37,10 +37,6 @@ THREADS = 3
 """Of torch and the kernels, on every machine. With three, parts are not all alike."""
 PARALLEL_BYTES = 256 << 10
 """What a program has to write for several threads: kParallelBytes in csrc/cpu/run.h."""
-SET_LEAST = "set_patch_least_bytes"
-"""Of the extension: from how many bytes on patched torch takes the kernels; returns the former number."""
-LEAST = 33
-"""That number here. To make a number an element, the library itself has torch fill two, of up to 16 bytes each."""
 
 CRASHES = int(os.environ.get("PARAMKIT_FUZZ_CRASH", "0"))
 """A planted crash: lists whose first destination has so many elements end the process. For a test."""
@@ -136,13 +132,13 @@ def settings(backend: str, number: int) -> Iterator[None]:
     """What a block is run with, on the backend that is active.
 
     Stores of the CPU's kernels bypass the cache in every write that they can, or in very large ones alone; patched
-    torch keeps from the kernels what is smaller than `LEAST` bytes, or what it always does.
+    torch gives writes of every size to the kernels, or those that it always does.
     """
     extension: Any = paramkit.backend.active()
     if backend.startswith("cpu"):
         change, value = extension.set_stream_bytes, 0 if every_size(number) else -1
-    elif backend == PATCHED and every_size(number) and hasattr(extension, SET_LEAST):
-        change, value = getattr(extension, SET_LEAST), LEAST
+    elif backend == PATCHED and every_size(number):
+        change, value = extension.set_patch_least_bytes, 0
     else:
         yield
         return
@@ -383,7 +379,7 @@ def program_of(each: WriteList, failure: Failure) -> str:
     if failure.backend.startswith("cpu") and every_size(number):
         setting = "paramkit.backend.active().set_stream_bytes(0)\n"
     elif failure.backend == PATCHED and every_size(number):
-        setting = f"getattr(paramkit.backend.active(), {SET_LEAST!r}, int)({LEAST})\n"
+        setting = "paramkit.backend.active().set_patch_least_bytes(0)\n"
     # One by one, and in torch itself, what comes before an error is written.
     partly = each.how == "each" or failure.backend == PATCHED
     pairs = "".join(f"    ({_view(write.dst)}, {_view(write.src)}),\n" for write in each.writes)
