@@ -9,7 +9,8 @@ from .errors import Finding, PlanError, RuleFileError, SourceError, UnknownNameE
 from .fingerprint import fingerprint
 from .loading import load_state_dict
 from .ops import copy_, fill_, foreach_copy_, foreach_fill_
-from .plan import Plan, plan
+from .plan import Plan
+from .planning import plan
 from .report import Report
 from .rulefile import load_rules, save_rules
 from .rules import Rule, invert

@@ -24,8 +24,8 @@ from .journal import Journal, shielded
 from .judge import conflict_finding, summary_of
 from .localize import local_tensor, local_writes
 from .ops import foreach_copy_
+from .options import Options
 from .pieces import read_view, view_of
-from .plan import Options
 from .report import Report
 from .resolve import Resolved, Resolver, Write, plan_error
 from .sharding import unsharded_finding

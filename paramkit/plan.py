@@ -1,6 +1,6 @@
 """Plans: every write of a job worked out and checked once, performed again and again.
 
-A front-end (`plan`, `transplant`, `writes`) makes a `Resolved`: named destinations and sources, and
+A front-end (`ModelPlan`, `ListPlan`, `writes`) makes a `Resolved`: named destinations and sources, and
 the writes between views of them. A `Plan` proves that the writes do not meet, hands them to the active
 backend, which keeps them as ready tasks, and remembers what has to be true for them to run again.
 """
@@ -9,23 +9,19 @@ from __future__ import annotations
 
 import os
 import threading
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import perf_counter
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import backend
-from .before import overflow_findings, tie_findings
-from .casting import check_casting
 from .compiling import between_graphs
 from .conflicts import find_conflicts
-from .destinations import Destination, Place, allocated, memory_key
+from .destinations import Destination
 from .errors import Finding, PlanError
 from .execution import execute
 from .fills import Constant
@@ -33,205 +29,23 @@ from .judge import (
     Slot,
     conflict_finding,
     conversion_findings,
-    differences,
     slots_of,
     summary_of,
     verify_in_order,
 )
-from .lists import as_sources, resolve_lists
-from .localize import localize
 from .report import Report, Summary
-from .resolve import Resolved, plan_error, resolve
-from .rulefile import as_rules
-from .rules import Rule
-from .sharding import any_sharded, is_sharded, unsharded_finding
-from .sources import open_source
+from .resolve import Resolved, plan_error
 from .sources.lazy import Lazy
 from .stream import STAGING_BYTES, Streamed
 from .swap import Exchange
 from .typing import (
-    Casting,
-    Hooks,
-    Model,
     NewSource,
-    Overflow,
     Progress,
-    Rules,
-    Source,
-    Values,
 )
 
-__all__ = ["ModelPlan", "Options", "Plan", "plan"]
+__all__ = ["Plan", "Undo"]
 
 Undo = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a plan with names is made; see `plan` for each."""
-
-    rules: tuple[Rule, ...] = ()
-    identity: bool = True
-    allow_missing: Any = ()
-    allow_unexpected: Any = ()
-    casting: str = "same_kind"
-    overflow: str = "ignore"
-    hooks: str = "refuse"
-    mmap: bool = False
-    staging: int = STAGING_BYTES
-    device: torch.device | None = None
-
-    @staticmethod
-    def make(
-        rules: Any = (),
-        allow_missing: Any = (),
-        allow_unexpected: Any = (),
-        staging: int | None = None,
-        device: Any = None,
-        **others: Any,
-    ) -> Options:
-        """Checked and ready to be used again.
-
-        Raises:
-            ValueError, TypeError: an argument that cannot be.
-        """
-        check_casting(others.get("casting", "same_kind"))
-        overflow = others.get("overflow", "ignore")
-        if overflow not in ("ignore", "error"):
-            raise ValueError(f'overflow must be "ignore" or "error", got {overflow!r}')
-        if staging is not None:
-            if isinstance(staging, bool) or not isinstance(staging, int):
-                raise TypeError(f"staging must be a number of bytes, got {staging!r}")
-            if staging < 4096:
-                raise ValueError(f"staging must be at least 4096 bytes, got {staging}")
-        return Options(
-            as_rules(rules),
-            allow_missing=_kept(allow_missing),
-            allow_unexpected=_kept(allow_unexpected),
-            staging=STAGING_BYTES if staging is None else staging,
-            device=None if device is None else torch.device(device),
-            **others,
-        )
-
-    def resolving(self) -> dict[str, Any]:
-        """What `resolve` takes."""
-        names = ("rules", "identity", "allow_missing", "allow_unexpected", "casting", "hooks")
-        return {name: getattr(self, name) for name in (*names, "device")}
-
-
-@overload
-def plan(
-    model: Model,
-    source: Source,
-    rules: Rules = (),
-    *,
-    identity: bool = True,
-    allow_missing: Iterable[str] = (),
-    allow_unexpected: Iterable[str] = (),
-    casting: Casting = "same_kind",
-    overflow: Overflow = "ignore",
-    hooks: Hooks = "refuse",
-    mmap: bool = False,
-    staging: int | None = None,
-) -> Plan: ...
-@overload
-def plan(model: Sequence[Tensor], source: Values) -> Plan: ...
-def plan(
-    model: Model | Sequence[Tensor],
-    source: Any,
-    rules: Rules = (),
-    *,
-    identity: bool = True,
-    allow_missing: Iterable[str] = (),
-    allow_unexpected: Iterable[str] = (),
-    casting: Casting = "same_kind",
-    overflow: Overflow = "ignore",
-    hooks: Hooks = "refuse",
-    mmap: bool = False,
-    staging: int | None = None,
-) -> Plan:
-    """Work out and prove every write of a transplant, or of a list of copies; write nothing yet.
-
-    Args:
-        model: what is written: a module (its parameters and persistent buffers, other buffers where they
-            are named), a mapping from names to tensors, or a list of n tensors of any shape, dtype and
-            strides.
-        source: for a module or mapping: whatever `paramkit.open_source` takes: a module, a mapping, a
-            checkpoint file or folder. Of files only the headers are read now. For a list: a list of n
-            tensors (each broadcasts to its destination) or numbers, or one number.
-        rules: how source names and axes map to destinations, or the path of a rule file; not for lists.
-        identity: names that no rule touches map to themselves.
-        allow_missing: destination names that may stay unwritten: exact, with `{i}`, or with `*`.
-        allow_unexpected: source names that may stay unread: the same.
-        casting: which conversions are allowed, with numpy's meaning: "no", "safe" (every value is kept),
-            "same_kind" (within floats, or within integers, or to a wider kind), "unsafe". The report lists
-            every conversion.
-        overflow: "error" looks for finite values that the destination's dtype cannot hold, before each
-            `apply`, before anything is written. In whole sources, also where another rank has the shard.
-        hooks: "refuse" modules that load a state dict in a way of their own, or "ignore" their hooks.
-        mmap: map files into memory instead of reading them. Faster for a local file that nobody changes;
-            one that is cut meanwhile ends the process (SIGBUS).
-        staging: bytes of the buffer that files are read through where they are rearranged or converted, and of
-            one read.
-
-    Returns:
-        A `Plan`; its `apply()` writes.
-
-    Raises:
-        PlanError: with everything that is wrong, at once.
-        SourceError: the source cannot be read.
-        TypeError, ValueError: an argument of the wrong type or value.
-
-    >>> import torch, paramkit
-    >>> a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    >>> plan = paramkit.plan(a, b)
-    >>> report = plan.apply()
-    >>> torch.equal(a.weight, b.weight)
-    True
-    >>> weights = [torch.zeros(2), torch.zeros(3)]
-    >>> _ = paramkit.plan([w[:1] for w in weights], 0.5).apply()
-    >>> weights
-    [tensor([0.5000, 0.0000]), tensor([0.5000, 0.0000, 0.0000])]
-    """
-    if isinstance(model, (list, tuple)):
-        plain = (casting, overflow, hooks, mmap, staging) == (
-            "same_kind",
-            "ignore",
-            "refuse",
-            False,
-            None,
-        )
-        if rules or not identity or allow_missing or allow_unexpected or not plain:
-            raise TypeError(
-                "plan: rules, identity, allow_missing, allow_unexpected, casting, overflow, hooks, mmap and "
-                "staging are for a model or a mapping with names; two lists are matched by position and "
-                "converted as Tensor.copy_ does"
-            )
-        return _made(_ListPlan, model, source)
-    options = Options.make(
-        rules,
-        allow_missing,
-        allow_unexpected,
-        staging,
-        identity=identity,
-        casting=casting,
-        overflow=overflow,
-        hooks=hooks,
-        mmap=mmap,
-    )
-    return _made(ModelPlan, model, source, options)
-
-
-def _made(kind: Callable[..., Plan], *arguments: Any) -> Plan:
-    if torch.compiler.is_dynamo_compiling():
-        return between_graphs(lambda: kind(*arguments), "plan")()
-    return kind(*arguments)
-
-
-def _kept(argument: Any) -> Any:
-    """An iterable as a tuple, to be read again; what is no list of things is left for resolve() to refuse."""
-    return argument if isinstance(argument, str) else tuple(argument)
-
 
 _entering = threading.Lock()  # held for moments
 
@@ -849,233 +663,3 @@ class _Swapped(AbstractContextManager[Report]):
         if torch.compiler.is_dynamo_compiling():
             return between_graphs(_Swapped.__exit__, "Plan.swapped")(self, *error)
         return self._block.__exit__(*error)
-
-
-class ModelPlan(Plan):
-    """A model (or mapping) from a source, by rules."""
-
-    _follow_failures = True
-
-    def __init__(
-        self, model: nn.Module | Mapping[str, Tensor], source: Any, options: Options
-    ) -> None:
-        super().__init__()
-        # Weakly: a plan keeps tensors alive, never a whole model. Mappings cannot be held weakly.
-        self._model: Callable[[], Any] = (
-            weakref.ref(model) if isinstance(model, nn.Module) else lambda: model
-        )
-        self._options = options
-        self._source: Mapping[str, Any] | None = None
-        self._in_memory = True
-        self._in_parts = False
-        self._unread: list[str] = []  # names of the source
-        self._resolved = Resolved()
-        self._whole: Resolved | None = None  # before it was cut to what this rank holds
-        self._build(source)
-
-    def _check_alive(self) -> None:
-        if self._model() is None:
-            raise PlanError("the model of this plan no longer exists; nothing was written.")
-
-    def _target(self) -> Any:
-        return self._model()
-
-    @property
-    def _exchangeable(self) -> bool:
-        return self._in_memory
-
-    def _open(self, source: Any) -> tuple[dict[str, Any], bool]:
-        """The source's tensors, and whether they are the user's own memory."""
-        own = isinstance(source, (nn.Module, Mapping))
-        return open_source(source, mmap=self._options.mmap), own
-
-    def _build(self, source: Any) -> None:
-        if source is not None:
-            self._build_from(*self._open(source))
-        elif self._source is None:
-            raise PlanError("this plan was released, its source with it; give refresh() a source.")
-        else:
-            self._build_from(self._source, self._in_memory)
-
-    def _build_from(self, tensors: Mapping[str, Any], own: bool) -> None:
-        self._check_alive()
-        model = self._model()
-        gathered = unsharded_finding(model)
-        if gathered is not None:
-            raise plan_error([gathered])
-        whole = resolve(model, tensors, **self._options.resolving())
-        resolved = localize(whole)
-        made = self._allocate(resolved)
-        self._compile(
-            resolved,
-            table=None if isinstance(model, nn.Module) else model,
-            staging=self._options.staging,
-        )
-        # Kept for installing what was allocated; otherwise a plan holds tensors, not their modules.
-        self._allocated = [replace(d) for d in made]
-        for d in (*whole.destinations, *resolved.destinations):
-            d.owner, d.path, d.alias_places = None, (), ()
-        self._whole = None
-        if self._options.overflow == "error" and resolved is not whole:
-            self._whole = replace(whole, source_tensors=[])
-        resolved.source_tensors = []
-        self._source, self._in_memory, self._resolved = tensors, own, resolved
-        self._in_parts = any_sharded(tensors.values())
-        read = set(self._src_names)
-        self._unread = [name for name in tensors if name not in read]
-
-    def _allocate(self, resolved: Resolved) -> list[Destination]:
-        """Memory for the destinations on the meta device, once each, not initialised."""
-        device = self._options.device
-        chosen = [resolved.destinations[k] for k in sorted({w.dst for w in resolved.writes})]
-        if device is None:
-            return []
-        chosen = [d for d in chosen if d.tensor.is_meta]
-        for d in chosen:
-            d.tensor = allocated(d.tensor, device)
-        return chosen
-
-    def _install(self) -> None:
-        """Put what was allocated into the model, under every name, in place of the meta tensors."""
-        for d in self._allocated:
-            if d.owner is None:  # of a mapping
-                for name in (d.name, *d.aliases):
-                    self._model()[name] = d.tensor
-                continue
-            for place in (Place(d.owner, d.key, d.path), *d.alias_places):
-                parameters = place.owner._parameters
-                table: Any = parameters if place.key in parameters else place.owner._buffers
-                table[place.key] = d.tensor
-        self._allocated = []
-
-    def _asks_values(self, resolved: Resolved) -> bool:
-        return bool(resolved.ties) or self._options.overflow != "ignore"
-
-    def _check_values(self, compiled: Any) -> None:
-        resolved, limit = self._resolved, self._options.staging // 2
-        if not self._asks_values(resolved):
-            return
-        if self._is_stale():
-            raise self._stale()
-        sources = compiled.sources()
-        findings = tie_findings(resolved, sources, limit)
-        if self._options.overflow == "error":
-            findings += self._overflows(sources, limit)
-        if findings:
-            raise plan_error(findings)
-
-    def _overflows(self, sources: Sequence[Any], limit: int) -> list[Finding]:
-        """What the destinations cannot hold. Of whole sources all of it, so that all ranks say the same."""
-        resolved, whole, source = self._resolved, self._whole, self._source
-        if whole is None or source is None:
-            return overflow_findings(resolved, resolved.writes, sources, limit)
-        # Of a DTensor, each rank sees its own part alone.
-        in_parts = {name for name, tensor in source.items() if is_sharded(tensor)}
-        own = [w for w in resolved.writes if resolved.source_names[w.src] in in_parts]
-        findings = overflow_findings(resolved, own, sources, limit)
-        names = whole.source_names[: len(whole.source_names) - whole.made]
-        rest = [
-            w
-            for w in whole.writes
-            if w.src < len(names) and whole.source_names[w.src] not in in_parts
-        ]
-        tensors = [source[name] for name in names]
-        return [*findings, *overflow_findings(whole, rest, tensors, limit)]
-
-    def _explainable(self) -> Resolved:
-        return replace(self._resolved, source_tensors=self._compiled.sources())
-
-    def _rebind(self, source: Any) -> None:
-        plain = type(source) in (dict, OrderedDict)
-        tensors, own = (dict(source), True) if plain else self._open(source)
-        assert self._source is not None
-        # Of tensors in parts, what is held where may have changed.
-        in_parts = self._in_parts or any_sharded(tensors.values())
-        if not in_parts and tensors.keys() == self._source.keys() and self._unread_alike(tensors):
-            read, names = tensors, self._src_names
-            if self._resolved.made:
-                # A number that a rule fills with is bound again as it is, under a name that no tensor has.
-                first = len(names) - self._resolved.made
-                made = {f"\0{k}": t for k, t in enumerate(self._compiled.sources()[first:])}
-                read, names = {**tensors, **made}, [*names[:first], *made]
-            if not self._compiled.rebind(read, names):
-                self._source, self._in_memory = tensors, own
-                return
-        findings = differences(self._source, tensors)
-        if findings:
-            raise PlanError(
-                "the new source differs from the one that was planned for; nothing was written. "
-                "Make a new plan, or call refresh(source).",
-                findings,
-            )
-        if self._is_stale():
-            raise self._stale()
-        # A file, other strides or devices, other ties: writes from other views, or other writes.
-        self._build_from(tensors, own)
-
-    def _unread_alike(self, tensors: Mapping[str, Any]) -> bool:
-        """Whether names that are not read are still what they were: of the same kind, tied to the same."""
-        also = self._resolved.also
-        for name in self._unread:
-            new = tensors[name]
-            if name in also and memory_key(new) != memory_key(tensors[also[name]]):
-                return False
-            assert self._source is not None
-            old = self._source[name]
-            if not isinstance(new, (Tensor, Lazy)) or (new.shape, new.dtype) != (
-                old.shape,
-                old.dtype,
-            ):
-                return False
-        return True
-
-    def _undo(self, source: Any) -> Callable[[], object]:
-        before, own = self._source, self._in_memory
-        if source is None or before is None:
-            return lambda: None
-        return lambda: self._build_from(before, own)
-
-    def release(self) -> None:
-        super().release()
-        self._source, self._resolved, self._whole = None, Resolved(), None
-
-
-class _ListPlan(Plan):
-    """Destinations and sources matched by position: the replay of foreach_copy_ and foreach_fill_.
-
-    It keeps no Python reference to its destinations, so that the backend can tell when nobody else has.
-    """
-
-    _follow_autograd = True
-
-    def __init__(self, dsts: Sequence[Tensor], srcs: Any) -> None:
-        super().__init__()
-        self._compile(resolve_lists(dsts, srcs))
-
-    def _build(self, source: Any) -> None:
-        compiled = self._compiled
-        if compiled is None:
-            raise PlanError(
-                "this plan of two lists was released, and they have no names: make a new plan."
-            )
-        self._compile(
-            resolve_lists(compiled.destinations(), compiled.sources() if source is None else source)
-        )
-
-    def _explainable(self) -> Resolved:
-        compiled = self._ready()
-        return resolve_lists(compiled.destinations(), compiled.sources())
-
-    def _rebind(self, source: Any) -> None:
-        dsts = self._ready().destinations()
-        tensors = as_sources(dsts, source)
-        if self._compiled.rebind(dict(zip(self._src_names, tensors)), self._src_names):
-            was = dict(zip(self._src_names, self._compiled.sources(), strict=True))
-            findings = differences(was, dict(zip(self._src_names, tensors, strict=True)))
-            if findings:
-                raise PlanError(
-                    "the new sources differ from those planned for; nothing was written.", findings
-                )
-            if self._is_stale():
-                raise self._stale()
-            self._compile(resolve_lists(dsts, tensors))

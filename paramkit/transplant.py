@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from .compiling import between_graphs
 from .iterate import is_stream, transplant_stream
 from .journal import shielded
-from .plan import ModelPlan, Options
+from .model_plan import ModelPlan
+from .options import Options
 from .report import Report
 from .typing import Casting, Hooks, Model, Overflow, Progress, Rules, Source, Stream
 

@@ -17,7 +17,7 @@ import torch
 from ..errors import Finding, PlanError, fold_names
 from ..explain import bytes_text
 from ..output import SafetensorsOutput
-from ..plan import plan
+from ..planning import plan
 from ..report import Report
 from ..sources import open_source
 from ..torn import TornError

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import PlanError
-from ..plan import Options
+from ..options import Options
 from ..torn import Torn
 from ..typing import Casting, Checksum, Hooks, Model, Overflow, Rules
 from .buckets import Bucket

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import Finding, PlanError
-from ..plan import ModelPlan, Options
+from ..model_plan import ModelPlan
+from ..options import Options
 from ..report import Report, Summary
 from ..typing import Casting, Hooks, Model, Overflow, Progress, Rules, Source
 from .agree import compare, first_difference

@@ -21,8 +21,8 @@ from ..destinations import Destination
 from ..errors import Finding, PlanError
 from ..fills import Constant, Mean
 from ..localize import local_tensor, localize
+from ..options import Options
 from ..pieces import view_of
-from ..plan import Options
 from ..resolve import Tie, Write, plan_error, resolve
 from ..sharding import unsharded_finding
 from ..sources.lazy import Lazy

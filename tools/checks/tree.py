@@ -19,9 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 # The check stage: between what a caller says and the first write; of an iterable, before each write.
 PYTHON = (
     "backend/checks.py", "backend/claims.py", "backend/native.py", "backend/staging.py", "before.py", "casting.py",
-    "destinations.py", "dropin.py", "execution.py", "fills.py", "hooks.py", "iterate.py", "judge.py", "lists.py",
-    "loading.py", "localize.py", "ops.py", "patterns.py", "plan.py", "proof.py", "resolve.py", "rules.py",
-    "shapes.py", "sheets.py", "stacking.py", "stream.py", "templates.py", "writes.py",
+    "destinations.py", "dropin.py", "execution.py", "fills.py", "hooks.py", "iterate.py", "judge.py",
+    "list_plan.py", "lists.py", "loading.py", "localize.py", "model_plan.py", "ops.py", "options.py", "patterns.py",
+    "plan.py", "planning.py", "proof.py", "resolve.py", "rules.py", "shapes.py", "sheets.py", "stacking.py",
+    "stream.py", "templates.py", "writes.py",
 )  # fmt: skip
 CPP = (
     "batch.cpp", "claims.cpp", "devices.cpp", "held_claim.cpp", "operators.cpp", "patch.cpp", "plan.cpp",
