@@ -371,14 +371,17 @@ def test_a_leaf_is_refused_in_compiled_code(kind: str, patched: str) -> None:
     assert leaf.requires_grad
 
 
+WIDTH = 160  # floats: more than what `patch_torch` leaves to torch
+
+
 class Running(nn.Module):
     """A layer that keeps a running mean, as batch norm does."""
 
     def __init__(self, ops: Any) -> None:
         super().__init__()
         self.ops = ops
-        self.layer = nn.Linear(3, 3)
-        self.register_buffer("mean", torch.zeros(3))
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("mean", torch.zeros(WIDTH))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -399,10 +402,12 @@ def modules(ops: Any) -> tuple[Running, Running]:
 def test_a_module_with_buffers(context: Any, kind: str, patched: str) -> None:
     mine, theirs = modules(operators_of(kind))
     compiled = compile_whole(mine, "aot_eager")
-    x = torch.rand(4, 3)
-    with context():
+    x = torch.rand(4, WIDTH)
+    with context(), paramkit.backend.trace() as trace:
         for _ in range(3):
             assert_same_bits(compiled(x).detach(), theirs(x).detach())
+    # In compiled code all operators are torch's.
+    assert bool(trace.routes) == (patched == "patched"), trace.routes
     for name, buffer in theirs.named_buffers():
         assert_same_bits(getattr(mine, name), buffer)
     assert mine.count.item() == 3
@@ -431,10 +436,10 @@ def test_dynamic_shapes(kind: str, patched: str) -> None:
 def test_parameters_of_a_compiled_model_are_written_in_place(patched: str) -> None:
     """What is compiled reads the parameters where they lie: no compiling again after a transplant."""
     counter = CompileCounter()
-    model, sources = nn.Linear(3, 2), [nn.Linear(3, 2) for _ in range(3)]
+    model, sources = nn.Linear(WIDTH, 2), [nn.Linear(WIDTH, 2) for _ in range(3)]
     compiled = torch.compile(model, backend=counter)
     plan = paramkit.plan(model, sources[0])
-    x = torch.rand(2, 3)
+    x = torch.rand(2, WIDTH)
     for source in sources:
         plan.apply(source)
         assert_same_bits(compiled(x), source(x))
@@ -442,6 +447,10 @@ def test_parameters_of_a_compiled_model_are_written_in_place(patched: str) -> No
         w["bias"][...] = 0.0
     paramkit.load_state_dict(model, sources[0].state_dict())
     assert_same_bits(compiled(x), sources[0](x))
+    with paramkit.backend.trace() as trace:
+        model.load_state_dict(sources[1].state_dict())
+    assert bool(trace.routes) == (patched == "patched"), trace.routes
+    assert_same_bits(compiled(x), sources[1](x))
     assert counter.frame_count == 1
     # `torch.compile` of a module is another module, which has the names behind a prefix.
     rules = [paramkit.Rule("{*p}", "_orig_mod.{*p}")]
@@ -541,7 +550,7 @@ def between_graphs(model: nn.Module, source: nn.Module) -> dict[str, Callable[[]
 )
 def test_plans_run_between_graphs(how: str, patched: str) -> None:
     """They end the graph, and nothing in them is compiled: no warnings, no frames of ours."""
-    model, source = nn.Linear(3, 2), nn.Linear(3, 2)
+    model, source = nn.Linear(WIDTH, 2), nn.Linear(WIDTH, 2)
     call = between_graphs(model, source)[how]
     nodes: list[str] = []
 
@@ -555,7 +564,7 @@ def test_plans_run_between_graphs(how: str, patched: str) -> None:
         return model(y)
 
     compiled = torch.compile(function, backend=backend)
-    x = torch.rand(2, 3)
+    x = torch.rand(2, WIDTH)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_same_bits(compiled(x).detach(), source(x * 2).detach())
@@ -579,7 +588,7 @@ def test_plans_run_between_graphs(how: str, patched: str) -> None:
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(strict: bool, kind: str, patched: str) -> None:
     mine, theirs = modules(operators_of(kind))
-    x = torch.rand(4, 3)
+    x = torch.rand(4, WIDTH)
     with nothing_written(*mine.state_dict().values()):
         program = torch.export.export(mine, (x,), strict=strict)
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
@@ -603,7 +612,7 @@ def test_export(strict: bool, kind: str, patched: str) -> None:
 
 def test_exporting_what_applies_a_plan(patched: str) -> None:
     """A plan writes its own tensors, of which the exported program knows nothing."""
-    model, source = nn.Linear(3, 2), nn.Linear(3, 2)
+    model, source = nn.Linear(WIDTH, 2), nn.Linear(WIDTH, 2)
     plan = paramkit.plan(model, source)
 
     class Applies(nn.Module):
@@ -618,7 +627,7 @@ def test_exporting_what_applies_a_plan(patched: str) -> None:
     with nothing_written(*model.state_dict().values()):
         for strict in (False, True):
             with pytest.raises(Exception, match=r"plan"):
-                torch.export.export(Applies(), (torch.rand(2, 3),), strict=strict)
+                torch.export.export(Applies(), (torch.rand(2, WIDTH),), strict=strict)
 
 
 @kinds

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,16 @@ def quiet() -> Iterator[None]:
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.q = nn.Linear(4, 6)
-        self.k = nn.Linear(4, 6)
-        self.norm = nn.BatchNorm1d(6)
-        self.out = nn.Linear(6, 2)
+        self.q = nn.Linear(16, 16)
+        self.k = nn.Linear(16, 16)
+        self.norm = nn.BatchNorm1d(16)
+        self.out = nn.Linear(16, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.norm(self.q(x) * self.k(x)))
 
 
-X = torch.linspace(-1, 1, 12).reshape(3, 4)
+X = torch.linspace(-1, 1, 48).reshape(3, 16)
 
 
 def trained() -> Net:
@@ -59,6 +60,14 @@ def trained() -> Net:
         for tensor in model.state_dict().values():
             tensor.add_(1)
     return model.eval()
+
+
+@contextmanager
+def torchs_writes(patched: str) -> Iterator[None]:
+    """A block in which a library writes by torch alone: on the kernels if, and only if, torch is patched."""
+    with paramkit.backend.trace() as trace:
+        yield
+    assert bool(trace.routes) == (patched == "patched"), trace.routes
 
 
 def assert_state(model: Any, expected: Any) -> None:
@@ -141,13 +150,16 @@ def test_dispatched_models() -> None:
     assert_same_bits(model(X), source(X))
 
 
-def test_a_dispatched_model_read_from_a_file(tmp_path: Path) -> None:
+def test_a_dispatched_model_read_from_a_file(tmp_path: Path, patched: str) -> None:
     first, source = trained(), Net().eval()
     accelerate.Accelerator(cpu=True).save_model(first, str(tmp_path))
     with accelerate.init_empty_weights():
         model = Net().eval()
     model = accelerate.load_checkpoint_and_dispatch(model, str(tmp_path), {"": "cpu"})
     assert_state(model, first)
+    with torchs_writes(patched):
+        model.load_state_dict(source.state_dict())
+    assert_state(model, source)
     paramkit.transplant(model, source)
     assert_same_bits(model.eval()(X), source(X))
 
@@ -204,9 +216,10 @@ BASE = [
 ]
 
 
-def test_base_weights_under_adapters() -> None:
+def test_base_weights_under_adapters(patched: str) -> None:
     start, source = trained(), Net().eval()
-    model = lora(start)
+    with torchs_writes(patched):
+        model = lora(start)
     adapters = {n: t.clone() for n, t in model.state_dict().items() if "lora_" in n}
     paramkit.transplant(model, source, BASE, allow_missing=["*.lora_*"])
     assert adapters
@@ -358,7 +371,7 @@ def test_a_transplant_after_from_pretrained(folder: Path) -> None:
     assert_same_bits(model(TOKENS).logits, source(TOKENS).logits)
 
 
-def test_another_dtype(folder: Path) -> None:
+def test_another_dtype(folder: Path, patched: str) -> None:
     model = pretrained(folder, dtype=torch.bfloat16)
     expected = pretrained(folder, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -367,6 +380,10 @@ def test_another_dtype(folder: Path) -> None:
     report = paramkit.transplant(model, folder)
     assert report.summary.casts
     assert_state(model, expected)
+    with torchs_writes(patched):
+        model.float()
+    assert all(p.dtype is torch.float32 for p in model.parameters())
+    assert_same_bits(model.lm_head.weight, expected.lm_head.weight.float())
 
 
 def test_a_model_on_the_meta_device(folder: Path) -> None:
