@@ -68,12 +68,15 @@ def test_those_that_read_do_not_wait_for_each_other(route: str) -> None:
     first.let_go()
 
 
+def test_a_claim_is_of_a_purpose(route: str) -> None:
+    with pytest.raises(ValueError, match="got 'wrote', expected 'write'"):
+        paramkit.backend.active().Claim([], [], "wrote")
+
+
 def test_a_claim_is_held_once() -> None:
     need_extension()
     with paramkit.backend.force("cpu"):
         compiled = paramkit.backend.active()
-        with pytest.raises(ValueError, match="got 'wrote', expected 'write'"):
-            compiled.Claim([], [], "wrote")
         with pytest.raises(TypeError, match="srcs: expected a list of tensors, got int"):
             compiled.Claim([], 3)
         claim = compiled.Claim([torch.zeros(2)], [])

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import paramkit
-from paramkit.backend import staging
+from paramkit.backend import checks, staging
 from tests.conftest import emulated, need_extension
 from tests.faulty import build, run, run_plain
 from tests.guards import assert_same_bits, nothing_written
@@ -336,3 +336,17 @@ def test_a_staging_buffer_that_cannot_be_had(tmp_path: Path) -> None:
     model = {"w": torch.zeros(100)}
     paramkit.transplant(model, tmp_path / "m.safetensors", staging=1 << 60)
     assert model["w"].sum() == 100
+
+
+def test_no_memory_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fallback asks torch once for each pair of dtypes: where memory fails it asks again."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    checks.conversion_error.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", fail)
+        with pytest.raises(MemoryError):
+            checks.conversion_error(torch.float32, torch.float64)
+    assert checks.conversion_error(torch.float32, torch.float64) is None

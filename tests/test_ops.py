@@ -536,6 +536,19 @@ def test_numpy_and_shared_memory() -> None:
     assert array[:, 1::2].max() == 0
 
 
+def test_two_storages_at_one_address() -> None:
+    """torch judges the overlap of one storage alone; what it copies, in its own order, is copied."""
+    import numpy
+
+    arrays = [numpy.arange(64, dtype=numpy.float32) for _ in range(2)]
+    theirs, ours = (
+        [torch.from_numpy(array)[begin : begin + 8] for begin in (0, 2)] for array in arrays
+    )
+    theirs[0].copy_(theirs[1])
+    paramkit.foreach_copy_(ours[:1], ours[1:])
+    assert (arrays[0] == arrays[1]).all()
+
+
 # Modes and transforms: torch's behaviour, not raw writes behind their back.
 
 

@@ -31,10 +31,13 @@ def conversion_error(dst: torch.dtype, src: torch.dtype) -> Exception | None:
     """What torch raises when it copies ``src`` into ``dst`` (None when it can), found by trying one element."""
     import warnings
 
+    to, of = torch.empty(1, dtype=dst), torch.empty(1, dtype=src)  # no memory for them is no answer
     try:
         with warnings.catch_warnings():  # complex -> real warns at the real copy, not at this probe
             warnings.simplefilter("ignore")
-            torch.empty(1, dtype=dst).copy_(torch.empty(1, dtype=src))
+            to.copy_(of)
+    except MemoryError:
+        raise
     except Exception as error:  # whatever torch raises is the answer
         return error
     return None
@@ -81,10 +84,13 @@ def check_inplace(where: str, dst: Tensor, differentiable: bool) -> None:
 
 
 def _overlap_partially(a: Tensor, b: Tensor) -> bool:
-    """torch's own rule (ATen/MemoryOverlap): only dense tensors of one storage are judged."""
+    """torch's own rule (ATen/MemoryOverlap): only dense tensors of one storage are judged.
+
+    Two storages at one address, as of two `torch.from_numpy`, are two.
+    """
     if a is b or a.numel() == 0 or b.numel() == 0:
         return False
-    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+    if a.untyped_storage()._cdata != b.untyped_storage()._cdata:
         return False
     if not (_dense(a) and _dense(b)):
         return False

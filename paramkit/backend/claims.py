@@ -54,6 +54,8 @@ class Claim:
         self, dsts: Ranges | Iterable[Tensor], srcs: Ranges | Iterable[Tensor], doing: str = "write"
     ) -> None:
         self._sides = tuple(s if isinstance(s, Ranges) else ranges_of(s) for s in (dsts, srcs))
+        if doing not in _DOING:
+            raise ValueError(f"claim: got {doing!r}, expected 'write', 'compare' or 'exchange'")
         self._written = _DOING[doing]
         self._thread = 0  # that entered it
         self._active = False  # no longer waiting
