@@ -39,7 +39,7 @@ demo: $(STAMPS)/demo $(STAMPS)/extension ## transplant a real sentence encoder, 
 
 test: $(STAMPS)/test $(STAMPS)/extension ## the whole suite, on every backend this machine has
 	$(say) 'tests'
-	@$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	@$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 slow: $(STAMPS)/test $(STAMPS)/extension ## the exhaustive tests: every 32-bit value, many random views
 	$(say) 'slow tests'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -20,6 +21,29 @@ from tests.routes import TRANSFERS
 CAPABILITIES = ("scalar", "avx2", "avx512")
 # The CUDA kernels compiled for the host, and the transfers around them: CPU tensors stand for a device's.
 EMULATED = {"cuda:kernels": "kernels", "cuda:to device": "to device", "cuda:to host": "to host"}
+
+
+# Files whose few tests take long. They are begun first, then those of many tests: otherwise one process is still at
+# them when the others are done.
+LONG = (
+    *(
+        "fuzz",
+        "cuda_build",
+        "types",
+        "examples",
+        "benchmarks_distributed",
+        "fuzz_core",
+        "build",
+        "cli_process",
+    ),
+    *("wheel", "build_faults", "sanitizers", "leaks", "fork", "demo", "compile", "libraries"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    count = Counter(item.path for item in items)
+    rank = {f"test_{name}": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: (rank.get(item.path.stem, len(LONG)), -count[item.path]))
 
 
 def must_have_extension() -> bool:
