@@ -62,7 +62,7 @@ fuzz: $(STAMPS)/test $(STAMPS)/extension ## millions of random lists against tor
 
 coverage: $(STAMPS)/test $(STAMPS)/coverage ## lines of the package and of csrc that the suite reaches
 	$(say) 'coverage'
-	@$(PY) tools/measure_coverage.py $(ARGS)
+	@$(PY) tools/measure_coverage.py --jobs $(JOBS) $(ARGS)
 
 bench: $(STAMPS)/bench $(STAMPS)/extension ## beside torch, numpy and plain C; ARGS=--quick is short
 	$(say) 'benchmarks'

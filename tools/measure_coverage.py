@@ -45,12 +45,14 @@ exclude_also =
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--report", action="store_true", help="only read what the last run left")
+    parser.add_argument("--jobs", type=int, default=1, help="processes of pytest")
     parser.add_argument("pytest", nargs="*", help="arguments for pytest, after --")
     arguments = parser.parse_args()
     tree = FOLDER / "tree"
     status = 0
     if not arguments.report:
-        status = run(tree, arguments.pytest)
+        spread = ["-n", str(arguments.jobs), "--dist", "loadfile", "--no-loadscope-reorder"]
+        status = run(tree, (spread if arguments.jobs > 1 else []) + arguments.pytest)
     result = {"python": python_lines(tree), "csrc": csrc_lines(tree)}
     show(result)
     if arguments.pytest or status:

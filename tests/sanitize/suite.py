@@ -33,9 +33,31 @@ FILES = tuple(
     if path.stem.removeprefix("test_") not in LEFT_OUT
 )
 
+# Their runtimes have malloc, read and the signals to themselves.
+_RUNTIME = (
+    (
+        "tests/test_faults_memory.py::test_every_allocation_of_the_extension",
+        "a preloaded malloc that fails: the runtime has to come first",
+    ),
+    (
+        "tests/test_faults_memory.py::test_staging_that_cannot_be_had",
+        "a preloaded malloc that fails: the runtime has to come first",
+    ),
+    (
+        "tests/test_faults_reads.py::test_reads_that_come_short_are_interrupted_or_fail",
+        "a preloaded read that fails: the runtime has to come first",
+    ),
+    (
+        "tests/test_faults.py::test_what_would_end_it_is_a_map",
+        "a bus error on purpose, which ends the process by way of the runtime",
+    ),
+)
+
 # By sanitizer: (how the test's name begins, why it cannot run there).
 NOT_HERE: dict[str, tuple[tuple[str, str], ...]] = {
+    "address": _RUNTIME,
     "thread": (
+        *_RUNTIME,
         (
             "tests/test_concurrency.py::test_many_threads_at_one_model[cpu-without",
             "a race on purpose, with waiting switched off: TSan does report it",
