@@ -51,11 +51,24 @@ _RUNTIME = (
         "tests/test_faults.py::test_what_would_end_it_is_a_map",
         "a bus error on purpose, which ends the process by way of the runtime",
     ),
+    ("tests/test_fuzz.py::test_a_crash_is_found", "a crash on purpose is a report"),
+    ("tests/test_ranks.py::test_a_rank_may_die_on_purpose", "a crash on purpose is a report"),
+    (
+        "tests/test_cuda_emulated.py::test_a_missing_barrier_is_noticed",
+        "a crash on purpose is a report",
+    ),
+)
+_COMPILER = (
+    (
+        "tests/test_compile.py::test_all_in_one_graph_of_inductor",
+        "torch does not take a compiler with flags of its own",
+    ),
 )
 
 # By sanitizer: (how the test's name begins, why it cannot run there).
 NOT_HERE: dict[str, tuple[tuple[str, str], ...]] = {
-    "address": _RUNTIME,
+    "address": (*_RUNTIME, *_COMPILER),
+    "undefined": _COMPILER,
     "thread": (
         *_RUNTIME,
         (
