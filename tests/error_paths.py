@@ -511,7 +511,9 @@ def load_buffer_set_raises() -> Case:
     model[1]._non_persistent_buffers_set = {odd}
     state = _state()
     return Case(
-        lambda: _extension().load_state_dict(model, state), Stop, [model, odd, *state.values()]
+        lambda: _extension().load_state_dict(model, state, True),
+        Stop,
+        [model, odd, *state.values()],
     )
 
 
@@ -520,7 +522,9 @@ def load_names_raise() -> Case:
     model, state = _model(), _state()
     odd = {Unequal(name): value for name, value in state.items()}
     return Case(
-        lambda: _extension().load_state_dict(model, odd), Stop, [model, odd, *odd, *odd.values()]
+        lambda: _extension().load_state_dict(model, odd, True),
+        Stop,
+        [model, odd, *odd, *odd.values()],
     )
 
 
@@ -1061,7 +1065,7 @@ def claim_no_tensors() -> Case:
 @_of_extension
 def claim_unknown_purpose() -> Case:
     dst, doing = torch.zeros(3), "text of its own"
-    return Case(lambda: _extension().Claim([dst], [], doing), RuntimeError, [dst, doing])
+    return Case(lambda: _extension().Claim([dst], [], doing), ValueError, [dst, doing])
 
 
 @_case
