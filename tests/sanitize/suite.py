@@ -20,7 +20,7 @@ LEFT_OUT = (
     ),
     # They say what Python decides. Where they do write, it is by calls that the other files make, too.
     *("patterns", "regions", "boxes", "resolve", "rules", "rulefile", "suggestions", "sharding"),
-    *("cli_inspect", "cli_process", "explain", "demo"),
+    *("cli_inspect", "cli_process", "explain", "demo", "removed_checks"),
     # Whole programs, each in a process of its own, most of it torch's imports; no call that is not elsewhere.
     *("docs", "examples", "benchmarks", "benchmarks_distributed", "gpu_benchmark"),
     # A program with sanitizers of its own; and resident memory, which ASan holds on to.
