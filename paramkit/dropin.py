@@ -16,6 +16,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from . import backend
 from .backend import loader
+from .hooks import is_torchs_load
 
 __all__ = ["TorchPatch", "patch_torch"]
 
@@ -119,6 +120,9 @@ class TorchPatch:
     ) -> None:
         self.remove()
 
+    def __reduce__(self) -> Any:
+        raise TypeError("a patch cannot be copied or pickled: each call of patch_torch() makes one")
+
     def __repr__(self) -> str:
         return f"<paramkit.patch_torch, {'active' if self._active else 'removed'}>"
 
@@ -130,6 +134,7 @@ def _wrap_load_state_dict() -> None:
     """A Python function has no dispatcher below it; so it is replaced, as other libraries do."""
     global _original, _installed
     _original = original = nn.Module.load_state_dict
+    replaced = not is_torchs_load(original)  # then every call is the other library's
 
     @functools.wraps(original)
     def load_state_dict(
@@ -137,6 +142,7 @@ def _wrap_load_state_dict() -> None:
     ) -> Any:
         fused = (
             _count > 0  # another library may have wrapped this one, and keeps it
+            and not replaced
             and not assign
             and type(state_dict) in (dict, OrderedDict)
             and not torch.__future__.get_swap_module_params_on_conversion()
@@ -148,6 +154,7 @@ def _wrap_load_state_dict() -> None:
             return _IncompatibleKeys([], [])
         return original(self, state_dict, strict=strict, assign=assign)
 
+    load_state_dict.of_paramkit = True  # type: ignore[attr-defined]
     _installed = load_state_dict
     nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -11,13 +11,24 @@ from .errors import Finding
 if TYPE_CHECKING:
     from .destinations import Destination
 
-__all__ = ["HookCheck", "in_place_is_fine"]
+__all__ = ["HookCheck", "in_place_is_fine", "is_torchs_load"]
 
 # FSDP's hooks put its own record right where parameters were replaced; writing in place replaces none.
 _FSDP = "torch.distributed.fsdp._fully_shard."
 
 # What is on the meta device here, because its values are in a mapping of the hook's, for each call.
 _OFFLOADS = "a hook of accelerate that offloads it"
+
+
+def is_torchs_load(load: Any) -> bool:
+    """Whether a `Module.load_state_dict` is torch's own, with `patch_torch` over it or not.
+
+    Another library's wrapper has something to say that must not be gone past. `functools.wraps` lends it torch's name
+    and module, so a function is known by where its globals are.
+    """
+    while getattr(load, "of_paramkit", False):
+        load = load.__wrapped__
+    return getattr(load, "__globals__", None) is vars(nn.modules.module)
 
 
 class HookCheck:

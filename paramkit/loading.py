@@ -18,10 +18,11 @@ from . import backend
 from .backend import checks
 from .compiling import between_graphs
 from .destinations import is_uninitialized
-from .hooks import in_place_is_fine
+from .hooks import in_place_is_fine, is_torchs_load
 from .localize import local_pairs
 from .sharding import any_sharded, is_sharded
 from .sources import module_tensors
+from .torn import clear, torn
 
 __all__ = ["load_state_dict"]
 
@@ -61,11 +62,21 @@ def load_state_dict(
         return run(model, state_dict, strict, assign)
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_state_dict: model must be an nn.Module, got {type(model).__name__}")
+    keys = _load(model, state_dict, strict, assign)
+    if torn(model) is not None:
+        clear(model, [name for name in state_dict if name not in keys.unexpected_keys])
+    return keys
+
+
+def _load(
+    model: nn.Module, state_dict: Mapping[str, Any], strict: bool, assign: bool
+) -> _IncompatibleKeys:
     if assign:
         return _load_assigned(model, state_dict, strict)
     own_way = (
         "load_state_dict" in vars(model)
         or type(model).load_state_dict is not nn.Module.load_state_dict
+        or not is_torchs_load(nn.Module.load_state_dict)
     )
     if own_way or torch.__future__.get_swap_module_params_on_conversion():
         return _load_with_rollback(model, state_dict, strict)

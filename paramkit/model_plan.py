@@ -35,6 +35,9 @@ class ModelPlan(Plan):
     def __init__(
         self, model: nn.Module | Mapping[str, Tensor], source: Any, options: Options
     ) -> None:
+        for name, given in (("model", model), ("source", source)):
+            if given is None:
+                raise TypeError(f"{name}: got None")
         super().__init__()
         # Weakly: a plan keeps tensors alive, never a whole model. Mappings cannot be held weakly.
         self._model: Callable[[], Any] = (

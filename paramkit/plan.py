@@ -380,8 +380,9 @@ class Plan:
 
         For evaluating averaged weights, or an adapter. Where sources and destinations match one to one,
         in dtype too, they are exchanged in place, through a small buffer: the source holds the model's
-        values meanwhile. Otherwise (a conversion, a file, a source that is read twice) a copy is kept of
-        what is overwritten.
+        values meanwhile, and what the block writes into the model is the source's afterwards (call `eval()`
+        first where there is a batch norm). Otherwise (a conversion, a file, a source that is read twice) a
+        copy is kept of what is overwritten.
 
         Args:
             source: as for `apply`.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -13,6 +16,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -717,3 +721,39 @@ def test_long_list_with_many_copies_for_torch() -> None:
     assert sum(taken.values()) > 500
     for mine, theirs in zip(got, expected, strict=True):
         assert_same_bits(mine, theirs)
+
+
+# What other libraries have to say.
+
+
+@pytest.mark.parametrize("load", ["paramkit", "patched"])
+@pytest.mark.parametrize("wraps", [True, False])
+def test_a_replaced_load_state_dict_is_not_gone_past(
+    load: str, wraps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = torch.nn.Module.load_state_dict
+
+    def twice(self: torch.nn.Module, state: Any, *more: Any, **options: Any) -> Any:
+        return original(self, {name: 2 * value for name, value in state.items()}, *more, **options)
+
+    other = functools.wraps(original)(twice) if wraps else twice
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", other)
+    model = torch.nn.Linear(20, 20, bias=False)
+    if load == "paramkit":
+        paramkit.load_state_dict(model, {"weight": torch.ones(20, 20)})
+    else:
+        with paramkit.patch_torch():
+            model.load_state_dict({"weight": torch.ones(20, 20)})
+        assert torch.nn.Module.load_state_dict is other
+    assert model.weight.sum() == 800
+    monkeypatch.undo()
+    with paramkit.patch_torch(), paramkit.backend.trace() as trace:  # ours is no other library's
+        paramkit.load_state_dict(model, {"weight": torch.ones(20, 20)})
+    assert trace.routes and model.weight.sum() == 400
+
+
+def test_a_patch_cannot_be_copied() -> None:
+    with paramkit.patch_torch() as patch:
+        for copying in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="cannot be copied"):
+                copying(patch)

@@ -287,3 +287,18 @@ def test_swapped_from_a_file_that_breaks(path: Path, monkeypatch: pytest.MonkeyP
         ):
             pytest.fail("the source was not put in")
     assert paramkit.torn(model) is None
+
+
+def test_a_state_dict_makes_it_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fresh()
+    with monkeypatch.context() as patch:
+        Failing(patch, 2, broken_disk())
+        with pytest.raises(TornError):
+            paramkit.transplant(model, path, staging=STAGING)
+    state = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    first = dict(list(state.items())[:1])
+    paramkit.load_state_dict(model, first, strict=False)
+    left = paramkit.torn(model)
+    assert left is not None and not set(first) & {*left.written, *left.unwritten}
+    paramkit.load_state_dict(model, state)
+    assert paramkit.torn(model) is None

@@ -462,3 +462,11 @@ def test_a_source_that_is_the_destination_transposed() -> None:
     before = model.weight.detach().clone()
     paramkit.transplant(model, model)  # onto itself: nothing changes
     assert_same_bits(model.weight.detach(), before)
+
+
+@pytest.mark.parametrize("call", [paramkit.transplant, paramkit.plan])
+def test_none_is_named(call: Any) -> None:
+    with pytest.raises(TypeError, match="source: got None"):
+        call(nn.Linear(2, 2), None)
+    with pytest.raises(TypeError, match="model: got None"):
+        call(None, nn.Linear(2, 2))
