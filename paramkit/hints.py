@@ -85,6 +85,7 @@ class Counterparts:
         self._fusable: Groups = {}
         self._own_groups: Groups = {}
         self._by_numbers: dict[Numbers, list[str]] = {}
+        self._by_shapes: dict[tuple[Numbers, Shape], list[str]] = {}
 
     def hint(self, name: str) -> str:
         """The hint, "" where nothing fits."""
@@ -111,7 +112,7 @@ class Counterparts:
                     if self._adds_up(self._idle[whole], names, self._mine):
                         return f"a part of {whole}?"
         for wanted, text in ((shape, "of the same shape"), (shape[::-1], "transposed")):
-            found = [other for other in same_layer if self._idle[other] == wanted]
+            found = self._by_shapes.get((numbers, wanted), [])
             if len(found) == 1:
                 return f"did you mean {found[0]}, {text}?"
         return ""
@@ -132,7 +133,9 @@ class Counterparts:
         self._fusable = self._siblings(self._idle)
         self._own_groups = self._siblings(self._mine)
         for name in islice(self._idle, self._MOST):
-            self._by_numbers.setdefault(split_numbers(name)[1], []).append(name)
+            numbers = split_numbers(name)[1]
+            self._by_numbers.setdefault(numbers, []).append(name)
+            self._by_shapes.setdefault((numbers, self._idle[name]), []).append(name)
 
     def _siblings(self, shapes: Mapping[str, Shape]) -> Groups:
         """Names equal but for one component that is no number: q_proj, k_proj and v_proj of one layer."""
