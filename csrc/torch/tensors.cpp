@@ -95,7 +95,7 @@ void scalar_bytes(const c10::Scalar& value, c10::ScalarType type, int64_t numel,
     case c10::ScalarType::Long: return put(value.to<int64_t>(), bytes);
     default: break;
   }
-  // As torch's kernel for many elements does.
+  // As torch's kernel for many elements does; float8_e8m0fnu has a way of its own there.
   if (numel != 1) {
     switch (type) {
       case c10::ScalarType::Half: return put(value.to<c10::Half>(), bytes);
@@ -111,7 +111,6 @@ void scalar_bytes(const c10::Scalar& value, c10::ScalarType type, int64_t numel,
       case c10::ScalarType::Float8_e4m3fnuz: return put(value.to<c10::Float8_e4m3fnuz>(), bytes);
       case c10::ScalarType::Float8_e5m2: return put(value.to<c10::Float8_e5m2>(), bytes);
       case c10::ScalarType::Float8_e5m2fnuz: return put(value.to<c10::Float8_e5m2fnuz>(), bytes);
-      case c10::ScalarType::Float8_e8m0fnu: return put(value.to<c10::Float8_e8m0fnu>(), bytes);
       case c10::ScalarType::ComplexFloat: return put(value.to<c10::complex<float>>(), bytes);
       case c10::ScalarType::ComplexDouble: return put(value.to<c10::complex<double>>(), bytes);
       default: break;
