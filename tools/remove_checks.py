@@ -36,7 +36,7 @@ TESTS = (
     "load_state_dict", "meta", "patterns", "plan", "recorder", "resolve", "rules", "regions", "conflicts",
     "casting_policy", "fills", "ties", "torn", "transplant", "verify", "writes", "stream", "invert",
     "suggestions", "exchange", "sharded", "sharded_plans", "sources", "opinfo", "checks", "composes", "compare",
-    "life_cycle", "references", "boxes", "concurrency", "patch_torch", "iterate", "compile", "faults_memory",
+    "life_cycle", "references", "boxes", "concurrency", "claims", "patch_torch", "iterate", "compile", "faults_memory",
 )  # fmt: skip
 MOST = 60
 SECONDS = 300
