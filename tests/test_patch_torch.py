@@ -567,7 +567,7 @@ def test_somebody_elses_wrapper_is_kept() -> None:
         with paramkit.patch_torch():
             assert routes(lambda: model.load_state_dict(nn.Linear(40, 40).state_dict()))
         assert nn.Module.load_state_dict is theirs
-        assert seen == ["called"]
+        assert seen == ["called", "called"], "gone past"
     finally:
         nn.Module.load_state_dict = original  # type: ignore[method-assign]
 
