@@ -25,10 +25,12 @@ class Course:
 
     Attributes:
         begun, finished: steps of a `Streamed` plan.
+        runs: how many runs a backend's plan had behind it; None before this one was asked for.
     """
 
     begun: int = 0
     finished: int = 0
+    runs: int | None = None
 
 
 def execute(
@@ -63,7 +65,6 @@ def execute(
     _check_transforms()
     journal = Journal() if atomic else None
     course = Course()
-    before = 0 if isinstance(compiled, Streamed) else compiled.runs()
     try:
         if not write(compiled, journal, progress, course):
             return False
@@ -71,8 +72,6 @@ def execute(
         if journal is not None:
             shielded(journal.restore)
             raise
-        if not isinstance(compiled, Streamed) and compiled.runs() == before:
-            raise  # before its first write
         state = _state(compiled, names, write_names, error, course, frozenset(apart))
         if state is None:
             raise
@@ -118,6 +117,8 @@ def write(
         return True
     if journal is not None:
         journal.note_plan(compiled)
+    if course is not None:
+        course.runs = compiled.runs()
     return bool(compiled.run(progress))
 
 
@@ -152,6 +153,8 @@ def _state(
         return None
     if isinstance(compiled, Streamed):
         left = _left_by_steps(compiled, names, error, course, apart)
+    elif course.runs in (None, compiled.runs()):
+        return None  # before its first write
     else:
         # What a failed run of sources in memory did is told from the values themselves.
         left = _left_by_values(compiled, write_names)
@@ -167,10 +170,10 @@ def _left_by_values(compiled: Any, write_names: Sequence[str]) -> set[str] | Non
     """Names that do not hold the new values in full; None where no write was done."""
     try:
         with compiled.claim("compare"):
-            if any(compiled.moved()):
-                return set(
-                    write_names
-                )  # memory that was planned for is gone: nothing can be looked at
+            if any(
+                compiled.moved()
+            ):  # memory that was planned for is gone: nothing can be looked at
+                return set(write_names)
             differ = set(compiled.verify())
     except Exception:  # a device that fails again; the first error is the one to tell
         return set(write_names)

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from . import backend
 from .backend.native import same_bits
 from .before import tie_finding
 from .casting import may_overflow, overflow_finding, overflows
 from .conflicts import find_conflicts
-from .destinations import Destination, layout_finding
+from .destinations import Destination, is_uninitialized, layout_finding
 from .errors import Finding, PlanError, SourceError
 from .fills import Constant, Mean
 from .journal import Journal, shielded
@@ -104,7 +103,9 @@ class _Stream:
         self.storages = {
             t.untyped_storage().data_ptr()
             for t in self.local
-            if t is not None and t.layout is torch.strided and not (t.is_meta or is_lazy(t))
+            if t is not None
+            and t.layout is torch.strided
+            and not (t.is_meta or is_uninitialized(t))
         }
 
     def run(self, items: Iterable[tuple[str, Tensor]]) -> Report:
@@ -138,7 +139,7 @@ class _Stream:
         """What can be known before the first tensor comes."""
         r = self.resolver
         local = [(d, t) for d, t in zip(r.destinations, self.local, strict=True) if t is not None]
-        inference = [d.name for d, t in local if not is_lazy(t) and t.is_inference()]
+        inference = [d.name for d, t in local if not is_uninitialized(t) and t.is_inference()]
         if inference and not torch.is_inference_mode_enabled():
             raise RuntimeError(
                 f"transplant: {', '.join(inference)}: Inplace update to inference tensor outside InferenceMode "

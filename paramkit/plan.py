@@ -50,15 +50,6 @@ Undo = Callable[[], object]
 _entering = threading.Lock()  # held for moments
 
 
-def _renew_lock() -> None:
-    """A child has no thread that would give the lock back."""
-    global _entering
-    _entering = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_renew_lock)
-
-
 class _Use:
     """One call of a plan.
 
@@ -70,9 +61,10 @@ class _Use:
 
 
 def _in_child() -> None:
-    """Calls of another process, whose threads are not there, are of another type."""
-    global _Use
+    """Calls of another process, whose threads are not there, are of another type, and none gives the lock back."""
+    global _Use, _entering
     _Use = type("_Use", (_Use,), {})  # type: ignore[misc, assignment]
+    _entering = threading.Lock()
 
 
 os.register_at_fork(after_in_child=_in_child)
