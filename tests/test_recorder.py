@@ -734,8 +734,10 @@ def test_no_references_are_lost_or_kept(compiled: str) -> None:
         net.blocks,
         net.blocks._modules,
         names[0],
-        None,
     ]
+
+    def counts() -> list[int]:
+        return [sys.getrefcount(o) for o in watched]
 
     def block() -> None:
         with paramkit.writes(net) as w:
@@ -751,11 +753,14 @@ def test_no_references_are_lost_or_kept(compiled: str) -> None:
 
     block()
     gc.collect()
-    before = [sys.getrefcount(o) for o in watched]
-    for _ in range(20):
+    before, none = counts(), sys.getrefcount(None)
+    times = 500
+    for _ in range(times):
         block()
     gc.collect()
-    assert [sys.getrefcount(o) for o in watched] == before
+    # All of the process counts None: tens come and go with what a collection or another thread lets go of.
+    assert counts() == before
+    assert abs(sys.getrefcount(None) - none) < times // 2
 
 
 def test_types_of_the_extension(compiled: str) -> None:
