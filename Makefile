@@ -50,9 +50,9 @@ checks: $(STAMPS)/test ## take out each check before a write in turn: a test mus
 	$(say) 'checks, one by one'
 	@$(PY) tools/remove_checks.py $(ARGS)
 
-sanitize: $(STAMPS)/test ## ASan, UBSan, TSan over the suite; SANITIZERS=address, TESTS=tests/test_ops.py
+sanitize: $(STAMPS)/test ## ASan, UBSan, TSan over the suite; SANITIZERS=address, TESTS=tests/test_ops.py, RESUME=1
 	$(say) 'sanitizers: canaries first, then the suite'
-	@$(PY) -m tests.sanitize --sanitizers '$(or $(SANITIZERS),address undefined thread)' --tests '$(TESTS)' --jobs $(JOBS) -- $(ARGS)
+	@$(PY) -m tests.sanitize --sanitizers '$(or $(SANITIZERS),address undefined thread)' --tests '$(TESTS)' --jobs $(JOBS) $(if $(RESUME),--resume) -- $(ARGS)
 
 LISTS ?= 2000000
 SEED ?= 0

@@ -6,6 +6,7 @@ each build, and only what changed is compiled again.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 import shutil
@@ -44,6 +45,18 @@ def copy(tree: Path, extra: dict[Path, Path]) -> None:
         there = path.relative_to(tree)
         if path.is_file() and there not in wanted and not there.as_posix().startswith(_BUILT):
             path.unlink()
+
+
+def digest(tree: Path) -> str:
+    """Of all files of the copy that come from the checkout, their names too."""
+    found = hashlib.sha256()
+    for path in sorted(tree.rglob("*")):
+        there = path.relative_to(tree).as_posix()
+        made = there.startswith(_BUILT) or "__pycache__" in there
+        if path.is_file() and not made:
+            found.update(f"{there}\0{path.stat().st_size}\0".encode())
+            found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def build(tree: Path, cxxflags: Iterable[str], ldflags: Iterable[str], log: Path) -> Path:

@@ -808,22 +808,27 @@ def test_a_storage_shrunk_in_place() -> None:
 def test_long_lists_are_all_looked_at() -> None:
     """Beyond 4096 tensors several threads look at them: a change anywhere is found, every version rises."""
     count = 5000
-    dsts = list(torch.zeros(count, 3).unbind())
-    srcs = list(torch.rand(count, 3).unbind())
+    rows, values = torch.zeros(count, 3), torch.rand(count, 3)
+    dsts = [row.data for row in rows.unbind()]  # each with a version of its own
+    srcs = list(values.unbind())
     plan = paramkit.plan(dsts, srcs)
-    before = [dst._version for dst in dsts[:: count - 1]]
+    before = [dst._version for dst in dsts]
     plan.apply()
-    assert torch.equal(torch.stack(dsts), torch.stack(srcs))
-    assert all(d._version > v for d, v in zip(dsts[:: count - 1], before, strict=True))
+    assert torch.equal(rows, values)
+    assert all(dst._version > version for dst, version in zip(dsts, before, strict=True))
     for index in (0, 2499, 2500, count - 1):
         for tensors, name in ((dsts, "dsts"), (srcs, "srcs")):
+            values.add_(1)  # so that a write would be seen
             old = tensors[index].data
-            with nothing_written(*dsts):
-                tensors[index].data = old.clone()
-                with pytest.raises(PlanError, match=rf"{name}\[{index}\]"):
-                    plan.apply()
-                tensors[index].data = old
+            tensors[index].data = old.clone()
+            with (
+                nothing_written(rows, dsts[index]),
+                pytest.raises(PlanError, match=rf"{name}\[{index}\]"),
+            ):
+                plan.apply()
+            tensors[index].data = old
     plan.apply()
+    assert torch.equal(rows, values)
 
 
 @pytest.mark.parametrize("role", ["source", "destination", "new source"])

@@ -9,8 +9,9 @@ import pytest
 
 from tests.conftest import lacking
 from tests.emulation import compiler
+from tests.instrumented import digest
 from tests.sanitize import canary, leaks
-from tests.sanitize.__main__ import wrong_of
+from tests.sanitize.__main__ import Record, Result, wrong_of
 from tests.sanitize.settings import HERE, SANITIZERS
 from tests.sanitize.suite import FILES, LEFT_OUT, TESTS
 
@@ -75,9 +76,44 @@ def test_reports_of_a_test_whose_name_is_a_pattern(tmp_path: Path) -> None:
 
 
 def test_a_run_without_any_test_is_no_success() -> None:
-    def result(status: int, reports: int = 0) -> dict[str, object]:
+    def result(status: int, reports: int = 0) -> Result:
         return {"status": status, "reports": reports}
 
     assert wrong_of([result(0), result(5)]) == []
     assert len(wrong_of([result(0), result(0, reports=1), result(1)])) == 2
     assert len(wrong_of([result(5), result(5)])) == 2
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """What passed on the same sources is kept at once; what failed, or ran otherwise, runs again."""
+
+    def result(test: str, status: int = 0, reports: int = 0) -> Result:
+        return {"test": test, "status": status, "reports": reports}
+
+    file = tmp_path / "results.json"
+    record = Record(file, "sources", ["-x"])
+    assert record.passed() == {}
+    for one in (result("a"), result("b", status=1), result("c", reports=1), result("d", 5)):
+        assert record.add(one) == one
+        assert set(Record(file, "sources", ["-x"]).passed()) <= {"a", "d"}
+    assert Record(file, "sources", ["-x"]).passed() == {"a": result("a"), "d": result("d", 5)}
+    assert Record(file, "others", ["-x"]).passed() == {}
+    assert Record(file, "sources", []).passed() == {}
+    file.write_text(file.read_text()[:40])
+    assert Record(file, "sources", ["-x"]).passed() == {}
+
+
+def test_the_digest_of_a_copy(tmp_path: Path) -> None:
+    """Every file's name and bytes count, what a build or Python leaves there does not."""
+    for name in ("csrc/a.cpp", "paramkit/ops.py"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(name)
+    first = digest(tmp_path)
+    (tmp_path / "paramkit/_cuda.so").touch()
+    (tmp_path / "paramkit/__pycache__").mkdir()
+    (tmp_path / "paramkit/__pycache__/ops.pyc").touch()
+    assert digest(tmp_path) == first
+    (tmp_path / "csrc/a.cpp").write_text("csrc/b.cpp")
+    second = digest(tmp_path)
+    (tmp_path / "csrc/a.cpp").rename(tmp_path / "csrc/b.cpp")
+    assert len({first, second, digest(tmp_path)}) == 3

@@ -11,6 +11,8 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
+from typing import Any
 
 from tests import instrumented
 from tests.emulation import compiler
@@ -20,6 +22,7 @@ from tests.sanitize.suite import FILES, NOT_HERE
 
 ROOT = instrumented.ROOT
 NO_TESTS = 5  # pytest's exit status
+Result = dict[str, Any]
 
 
 def main() -> int:
@@ -30,6 +33,9 @@ def main() -> int:
     )
     parser.add_argument("--canaries", action="store_true", help="build and canaries only")
     parser.add_argument("--jobs", type=int, default=1, help="files at a time")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out the files that passed on these sources"
+    )
     parser.add_argument("pytest", nargs="*", help="further arguments for pytest, after --")
     arguments = parser.parse_args()
     names = arguments.sanitizers.split()
@@ -39,11 +45,11 @@ def main() -> int:
     tests = [] if arguments.canaries else arguments.tests.split() or list(FILES)
     bad = 0
     for name in names:
-        bad += run(SANITIZERS[name], tests, arguments.pytest, arguments.jobs)
+        bad += run(SANITIZERS[name], tests, arguments.pytest, arguments.jobs, arguments.resume)
     return 1 if bad else 0
 
 
-def run(sanitizer: Sanitizer, tests: list[str], further: list[str], jobs: int) -> int:
+def run(sanitizer: Sanitizer, tests: list[str], further: list[str], jobs: int, resume: bool) -> int:
     """All of it for one sanitizer; the number of files with a report or a failed test."""
     missing = sanitizer.missing()
     if missing:
@@ -64,25 +70,68 @@ def run(sanitizer: Sanitizer, tests: list[str], further: list[str], jobs: int) -
     caught = [one.name for one in canary.CANARIES if one.sanitizer == sanitizer.name]
     say(f"{sanitizer.name}: the canaries did as they must: {', '.join(caught)}")
 
+    record = Record(logs / "results.json", instrumented.digest(tree), further)
+    passed = record.passed() if resume else {}
+    if passed:
+        say(f"{sanitizer.name}: {len(passed)} files passed on these sources before")
+
+    def result(test: str) -> Result:
+        return passed.get(test) or record.add(one(sanitizer, tree, logs, test, further))
+
     with ThreadPoolExecutor(jobs) as pool:
-        results = list(pool.map(lambda test: one(sanitizer, tree, logs, test, further), tests))
-    (logs / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        results = list(pool.map(result, tests))
     bad = wrong_of(results)
     tail = f", {len(bad)} with reports or failures: see {logs.relative_to(ROOT)}" if bad else ""
     say(f"{sanitizer.name}: {len(results)} files{tail or ', nothing found'}")
     return len(bad)
 
 
-def wrong_of(results: list[dict[str, object]]) -> list[dict[str, object]]:
+def wrong_of(results: list[Result]) -> list[Result]:
     """Those with a report or a failed test; all of them where no file had a test to run."""
     if all(result["status"] == NO_TESTS for result in results):
         return results
-    return [one for one in results if one["reports"] or one["status"] not in (0, NO_TESTS)]
+    return [one for one in results if is_wrong(one)]
 
 
-def one(
-    sanitizer: Sanitizer, tree: Path, logs: Path, test: str, further: list[str]
-) -> dict[str, object]:
+def is_wrong(result: Result) -> bool:
+    return bool(result["reports"]) or result["status"] not in (0, NO_TESTS)
+
+
+class Record:
+    """The results of the files so far, kept after each: a run over the suite takes the better part of an hour.
+
+    Args:
+        file: where they are kept.
+        sources: digest of what the binary and the tests were made of.
+        further: pytest's further arguments, which say what of a file has run.
+    """
+
+    def __init__(self, file: Path, sources: str, further: list[str]) -> None:
+        self._file, self._lock = file, Lock()
+        self._made_of: dict[str, object] = {"sources": sources, "arguments": further}
+        self._results: dict[str, Result] = {}
+        try:
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            if {name: kept[name] for name in self._made_of} == self._made_of:
+                self._results = {one["test"]: one for one in kept["results"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # none yet, or cut short: all of it runs
+
+    def passed(self) -> dict[str, Result]:
+        """By test, those without a report or a failure."""
+        return {test: one for test, one in self._results.items() if not is_wrong(one)}
+
+    def add(self, result: Result) -> Result:
+        with self._lock:
+            self._results[str(result["test"])] = result
+            kept = {**self._made_of, "results": [self._results[k] for k in sorted(self._results)]}
+            new = self._file.with_suffix(".new")
+            new.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+            new.replace(self._file)
+        return result
+
+
+def one(sanitizer: Sanitizer, tree: Path, logs: Path, test: str, further: list[str]) -> Result:
     """The tests of one file, in a process of their own: what is found ends it."""
     # The name is part of the sanitizer's options, which a colon ends.
     stem = test.removeprefix("tests/").replace("/", "-").replace("::", "-").replace(":", "-")
