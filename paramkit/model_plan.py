@@ -35,9 +35,6 @@ class ModelPlan(Plan):
     def __init__(
         self, model: nn.Module | Mapping[str, Tensor], source: Any, options: Options
     ) -> None:
-        for name, given in (("model", model), ("source", source)):
-            if given is None:
-                raise TypeError(f"{name}: got None")
         super().__init__()
         # Weakly: a plan keeps tensors alive, never a whole model. Mappings cannot be held weakly.
         self._model: Callable[[], Any] = (
@@ -50,10 +47,10 @@ class ModelPlan(Plan):
         self._unread: list[str] = []  # names of the source
         self._resolved = Resolved()
         self._whole: Resolved | None = None  # before it was cut to what this rank holds
-        self._build(source)
+        self._build_from(*self._open(source))
 
     def _check_alive(self) -> None:
-        if self._model() is None:
+        if isinstance(self._model, weakref.ref) and self._model() is None:
             raise PlanError("the model of this plan no longer exists; nothing was written.")
 
     def _target(self) -> Any:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import paramkit
-from paramkit import PlanError, Rule
+from paramkit import PlanError, Rule, SourceError
 from tests.guards import Layout, assert_same_bits, nothing_written, place, watch
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -466,7 +466,9 @@ def test_a_source_that_is_the_destination_transposed() -> None:
 
 @pytest.mark.parametrize("call", [paramkit.transplant, paramkit.plan])
 def test_none_is_named(call: Any) -> None:
-    with pytest.raises(TypeError, match="source: got None"):
+    with pytest.raises(SourceError, match=r"source \| type \| got None \| expected an nn.Module"):
         call(nn.Linear(2, 2), None)
-    with pytest.raises(TypeError, match="model: got None"):
+    with pytest.raises(
+        TypeError, match=r"model must be an nn\.Module or a mapping.*, got NoneType"
+    ):
         call(None, nn.Linear(2, 2))
