@@ -18,7 +18,6 @@
 #include <algorithm>
 #include <atomic>
 #include <exception>
-#include <mutex>
 #include <string>
 #include <utility>
 
@@ -181,8 +180,11 @@ void add_kernels() {
 }  // namespace
 
 void patch_torch(bool on) {
-  static std::once_flag once;  // not set by a call that throws
-  if (on) std::call_once(once, add_kernels);
+  if (on) {
+    // Not made by a call that throws: the next one tries again. (Of std::call_once not every library keeps to that.)
+    static const bool added = (add_kernels(), true);
+    (void)added;
+  }
   patched = on;
 }
 

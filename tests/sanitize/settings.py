@@ -120,10 +120,12 @@ SANITIZERS = {
             "TSAN_OPTIONS",
             # A forked child of a process with threads is what DataLoader's workers are.
             "halt_on_error=0:exitcode=66:die_after_fork=0:ignore_noninstrumented_modules=1"
-            ":report_signal_unsafe=0:history_size=4:suppressions={here}/thread.supp",
+            ":report_signal_unsafe=0:history_size=4:allocator_may_return_null=1:suppressions={here}/thread.supp",
             ("WARNING: ThreadSanitizer",),
             link=("-Wl,--wrap=GOMP_parallel",),
             libraries=("libtsan.so", "libstdc++.so"),
+            # The runtime's own thread, which a fork starts anew.
+            environ={"PARAMKIT_TESTS_RUNTIME_THREADS": "1"},
             # Its shadow memory has a fixed place, which must be free.
             prefix=("setarch", "-R"),
             sources=("canary.cpp", "openmp.cpp"),

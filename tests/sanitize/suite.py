@@ -71,6 +71,16 @@ NOT_HERE: dict[str, tuple[tuple[str, str], ...]] = {
     "undefined": _COMPILER,
     "thread": (
         *_RUNTIME,
+        *(
+            (
+                f"tests/test_fork.py::{test}",
+                "TSan ends a child of several threads that starts its own",
+            )
+            for test in (
+                "test_a_child_while_another_thread_writes",
+                "test_workers_of_a_data_loader[fork]",
+            )
+        ),
         (
             "tests/test_life_cycle.py::test_the_interpreter_ends_while_threads_write",
             "a race on purpose: plans, and operators, which wait for nobody, write the same tensors",
