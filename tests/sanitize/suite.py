@@ -78,6 +78,7 @@ NOT_HERE: dict[str, tuple[tuple[str, str], ...]] = {
             )
             for test in (
                 "test_a_child_while_another_thread_writes",
+                "test_files_are_read_in_a_child",
                 "test_workers_of_a_data_loader[fork]",
             )
         ),
