@@ -56,6 +56,16 @@ def torch_write(write: Write, dst: Tensor, src: Tensor | int | float | complex) 
         dst.copy_(src)
 
 
+def onto_itself(write: Write) -> bool:
+    """Whether every element is copied to where it is."""
+    dst, src = write.dst, write.src
+    if not isinstance(src, View) or write.fill:
+        return False
+    return (dst.dtype, dst.offset, dst.shape) == (src.dtype, src.offset, src.shape) and all(
+        a == b for n, a, b in zip(dst.shape, dst.strides, src.strides) if n > 1
+    )
+
+
 def prepare(arena: Arena, each: WriteList) -> Prepared | None:
     """The list as torch does it, write after write; None if nothing is left of it.
 
@@ -69,8 +79,10 @@ def prepare(arena: Arena, each: WriteList) -> Prepared | None:
         dst = arena.view(write.dst)
         src = arena.view(write.src) if isinstance(write.src, View) else write.src
         if error is None:
+            # Strides of axes with one element mean nothing to a plan; torch refuses such a copy of a view onto itself.
+            same = each.how == "plan" and onto_itself(write)
             try:
-                torch_write(write, dst, src)
+                torch_write(write, dst, dst if same else src)
             except Exception as raised:  # its type is the answer
                 if not each.keeps_errors:
                     continue
