@@ -257,18 +257,29 @@ def test_source_is_destination() -> None:
 
 
 def test_an_expanded_tensor_into_itself_as_torch(backend: str) -> None:
-    """torch looks whether both are one tensor before it looks at anything else."""
-    base = torch.ones(3)
-    tensor = base.expand(4, 3)
-    before = tensor._version
-    assert tensor.copy_(tensor) is tensor
-    theirs = tensor._version - before
+    """torch looks whether both are views of the same elements before it looks at anything else."""
+    base = torch.arange(24.0)
+    tensor = base[6:9].expand(4, 3)
+    others = {
+        "another offset": base[7:10].expand(4, 3),
+        "other strides": base.as_strided((4, 3), (0, 2), 6),
+        "one row": base[6:9],
+        "another dtype": base.view(torch.int32)[6:9].expand(4, 3),
+        "another storage": base.clone()[6:9].expand(4, 3),
+    }
+    for same in (tensor, tensor[:], base.as_strided((4, 3), (0, 1), 6)):
+        before = tensor._version
+        assert tensor.copy_(same) is tensor
+        theirs = tensor._version - before
+        with nothing_written(base):
+            assert paramkit.copy_(tensor, same) is tensor
+            assert tensor._version - before == 2 * theirs
+            paramkit.foreach_copy_([tensor], [same])
     with nothing_written(base):
-        assert paramkit.copy_(tensor, tensor) is tensor
-        assert tensor._version - before == 2 * theirs
-        paramkit.foreach_copy_([tensor], [tensor])
-        with pytest.raises(RuntimeError, match="single memory location"):
-            paramkit.copy_(tensor, tensor[:])
+        for source in others.values():
+            for copy in (Tensor.copy_, paramkit.copy_):
+                with pytest.raises(RuntimeError, match="single memory location"):
+                    copy(tensor, source)
 
 
 def test_a_tensor_that_torch_cannot_copy_into_itself() -> None:

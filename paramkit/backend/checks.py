@@ -101,6 +101,15 @@ def _overlap_partially(a: Tensor, b: Tensor) -> bool:
     return a0 < b1 and b0 < a1
 
 
+def _same_view(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are views of the same elements in the same order, by torch's own rule."""
+    return (
+        a.dtype == b.dtype
+        and (a.storage_offset(), a.shape, a.stride()) == (b.storage_offset(), b.shape, b.stride())
+        and a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    )
+
+
 def _dense(t: Tensor) -> bool:
     """As torch's is_non_overlapping_and_dense: a permutation of a contiguous tensor."""
     expected = 1
@@ -162,10 +171,13 @@ def check_copy(op: str, index: int | None, dst: Any, src: Any) -> None:
     if not plain:
         check_inplace(f"{name}: {d}", dst, dst.requires_grad or src.requires_grad)
         return  # torch judges the rest itself
-    if dst is src:  # which torch looks for first: no value moves
-        check_inplace(f"{name}: {d}", dst, dst.requires_grad or dst._base is not None)
+    repeats = dst.numel() > 0 and has_zero_stride(dst)
+    needs = dst.requires_grad or src.requires_grad or dst._base is not None
+    if dst is src or (repeats and _same_view(dst, src)):
+        # Which torch looks for first: no value moves.
+        check_inplace(f"{name}: {d}", dst, needs)
         return
-    if dst.numel() and has_zero_stride(dst):
+    if repeats:
         raise RuntimeError(
             f"{name}: unsupported operation: more than one element of {d} refers to a single "
             f"memory location (shape {tuple(dst.shape)}, stride {dst.stride()}). Please clone() "
@@ -185,9 +197,7 @@ def check_copy(op: str, index: int | None, dst: Any, src: Any) -> None:
     error = conversion_error(dst.dtype, src.dtype)
     if error is not None:
         raise type(error)(f"{name}: cannot copy {src.dtype} into {d} of {dst.dtype}: {error}")
-    check_inplace(
-        f"{name}: {d}", dst, dst.requires_grad or src.requires_grad or dst._base is not None
-    )
+    check_inplace(f"{name}: {d}", dst, needs)
 
 
 def is_fillable(dst: Tensor, value: Any) -> bool:

@@ -57,7 +57,11 @@ def torch_write(write: Write, dst: Tensor, src: Tensor | int | float | complex) 
 
 
 def onto_itself(write: Write) -> bool:
-    """Whether every element is copied to where it is."""
+    """Whether every element is copied to where it is.
+
+    torch refuses it where strides of axes with one element differ. They mean nothing to a plan, which takes it
+    (tests/test_conflicts.py).
+    """
     dst, src = write.dst, write.src
     if not isinstance(src, View) or write.fill:
         return False
@@ -70,7 +74,7 @@ def prepare(arena: Arena, each: WriteList) -> Prepared | None:
     """The list as torch does it, write after write; None if nothing is left of it.
 
     Writes that torch refuses are left out, so that most lists are done to their end. A list that keeps them
-    must raise what torch raises first, and write nothing.
+    must raise what torch raises first, and write nothing. (Of a plan's, one refused for nothing is left out.)
     """
     arena.set(each.start)
     left, dsts, srcs = [], [], []
@@ -79,12 +83,10 @@ def prepare(arena: Arena, each: WriteList) -> Prepared | None:
         dst = arena.view(write.dst)
         src = arena.view(write.src) if isinstance(write.src, View) else write.src
         if error is None:
-            # Strides of axes with one element mean nothing to a plan; torch refuses such a copy of a view onto itself.
-            same = each.how == "plan" and onto_itself(write)
             try:
-                torch_write(write, dst, dst if same else src)
+                torch_write(write, dst, src)
             except Exception as raised:  # its type is the answer
-                if not each.keeps_errors:
+                if not each.keeps_errors or (each.how == "plan" and onto_itself(write)):
                     continue
                 error = type(raised)
         left.append(write)
