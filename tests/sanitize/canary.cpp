@@ -21,6 +21,15 @@ CANARY void canary_race(volatile int64_t* count, int64_t times) {
   for (int64_t i = 0; i < times; ++i) *count = *count + 1;
 }
 
+// The same, once both callers are here: nothing that they do later orders them, whichever runs first. The counter itself
+// orders nothing, as it is relaxed.
+CANARY void canary_race_of_two(volatile int64_t* count, int64_t times, int32_t* arrived) {
+  __atomic_fetch_add(arrived, 1, __ATOMIC_RELAXED);
+  while (__atomic_load_n(arrived, __ATOMIC_RELAXED) < 2) {
+  }
+  canary_race(count, times);
+}
+
 // A parallel region as torch's at::parallel_for has it. Each thread counts in a place of its own, or, `racy`,
 // all of them in the first one.
 CANARY void canary_parallel(volatile int64_t* counts, int64_t times, int32_t racy) {

@@ -106,10 +106,10 @@ def commit(name: str, path: str) -> None:
     elif kind == "overflow":
         library.canary_overflow(ctypes.c_int32(2**31 - 1))
     elif kind == "race":
-        count = (ctypes.c_int64 * 1)()
+        count, arrived = (ctypes.c_int64 * 1)(), (ctypes.c_int32 * 1)()
+        arguments = (count, ctypes.c_int64(1000), arrived)
         threads = [
-            threading.Thread(target=library.canary_race, args=(count, ctypes.c_int64(1 << 20)))
-            for _ in range(2)
+            threading.Thread(target=library.canary_race_of_two, args=arguments) for _ in range(2)
         ]
         for thread in threads:
             thread.start()
