@@ -47,7 +47,7 @@ test: $(STAMPS)/test $(STAMPS)/extension ## the whole suite, on every backend th
 
 slow: $(STAMPS)/test $(STAMPS)/extension ## the exhaustive tests: every 32-bit value, many random views
 	$(say) 'slow tests'
-	@$(PY) -m pytest -m slow -n $(JOBS) --dist worksteal $(ARGS)
+	@$(PY) -m pytest -m slow -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Builds of their own, in build/sanitize: the normal binary stays as it is.
 checks: $(STAMPS)/test ## take out each check before a write in turn: a test must fail
