@@ -282,6 +282,20 @@ def test_an_expanded_tensor_into_itself_as_torch(backend: str) -> None:
                     copy(tensor, source)
 
 
+@pytest.mark.parametrize("dtype", (*cases.DTYPES, torch.bits8, torch.bits16, torch.uint4))
+def test_nothing_into_nothing_of_another_dtype_as_torch(dtype: torch.dtype) -> None:
+    """Where there is no element, torch asks for no conversion; with one it does."""
+    for other in (torch.bits8, torch.uint4, torch.float32):
+        for n in (0, 1):
+            theirs, mine = torch.empty(n, dtype=dtype), torch.empty(n, dtype=dtype)
+            source = torch.empty(n, dtype=other)
+            expected = outcome(lambda a=theirs, b=source: a.copy_(b))  # type: ignore[misc]
+            assert outcome(lambda a=mine, b=source: paramkit.copy_(a, b)) is expected  # type: ignore[misc]
+            call = lambda a=mine, b=source: paramkit.foreach_copy_([a], [b])  # noqa: E731
+            assert outcome(call) is expected
+            assert n == 1 or expected is None
+
+
 def test_a_tensor_that_torch_cannot_copy_into_itself() -> None:
     """No value moves, so no conversion is missed; a leaf is refused all the same."""
     tensor = torch.empty(3, dtype=torch.uint4)

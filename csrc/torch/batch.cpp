@@ -287,7 +287,7 @@ void Batch::copy_strided(Place place, const at::Tensor& dst, devices::Home to_ho
                 " refer to a single memory location. Please clone() the tensor before performing the operation.");
   }
   const auto to_type = c10::typeMetaToScalarType(to.dtype()), from_type = c10::typeMetaToScalarType(from.dtype());
-  if (!conversion_known(to_type, from_type)) {
+  if (written && !conversion_known(to_type, from_type)) {
     in_context(place, pair_name, [&] { check_conversion(to_type, from_type); });
   }
   bool recorded = false;

@@ -194,7 +194,7 @@ def check_copy(op: str, index: int | None, dst: Any, src: Any) -> None:
             f"{name}: unsupported operation: some elements of {s} and {d} refer to a single "
             "memory location. Please clone() the tensor before performing the operation."
         )
-    error = conversion_error(dst.dtype, src.dtype)
+    error = conversion_error(dst.dtype, src.dtype) if dst.numel() else None
     if error is not None:
         raise type(error)(f"{name}: cannot copy {src.dtype} into {d} of {dst.dtype}: {error}")
     check_inplace(f"{name}: {d}", dst, needs)
