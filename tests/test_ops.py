@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -289,10 +290,9 @@ def test_nothing_into_nothing_of_another_dtype_as_torch(dtype: torch.dtype) -> N
         for n in (0, 1):
             theirs, mine = torch.empty(n, dtype=dtype), torch.empty(n, dtype=dtype)
             source = torch.empty(n, dtype=other)
-            expected = outcome(lambda a=theirs, b=source: a.copy_(b))  # type: ignore[misc]
-            assert outcome(lambda a=mine, b=source: paramkit.copy_(a, b)) is expected  # type: ignore[misc]
-            call = lambda a=mine, b=source: paramkit.foreach_copy_([a], [b])  # noqa: E731
-            assert outcome(call) is expected
+            expected = outcome(partial(theirs.copy_, source))
+            assert outcome(partial(paramkit.copy_, mine, source)) is expected
+            assert outcome(partial(paramkit.foreach_copy_, [mine], [source])) is expected
             assert n == 1 or expected is None
 
 
