@@ -676,6 +676,13 @@ def test_another_librarys_kernel_is_not_hidden(name: str, key: str) -> None:
         except RuntimeError as error:
             print(str(error).splitlines()[0])
         assert torch.nn.Module.load_state_dict is original
+        with paramkit.backend.force("native"), paramkit.patch_torch():
+            try:
+                with paramkit.backend.force("cpu"):
+                    print("not reached")
+            except RuntimeError as error:
+                print(str(error).splitlines()[0])
+            print(paramkit.backend.status().backend)
         del library
         with paramkit.patch_torch():
             one, other = torch.zeros(4096), torch.ones(4096)
@@ -685,9 +692,10 @@ def test_another_librarys_kernel_is_not_hidden(name: str, key: str) -> None:
         """
     )
     assert done.returncode == 0, done.stderr
-    first, second = done.stdout.splitlines()
+    first, forced, route, taken = done.stdout.splitlines()
     assert f"another library has a kernel of its own for aten::{name.partition('.')[0]}" in first
-    assert second == "{'copy': 1}"
+    assert (forced, route) == (first, "native"), "a refused route is not kept"
+    assert taken == "{'copy': 1}"
 
 
 def test_bits_of_a_large_copy() -> None:

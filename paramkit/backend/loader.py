@@ -137,17 +137,17 @@ def force(name: str) -> Iterator[ModuleType]:
         raise BackendError(f"force: got {name!r}, expected one of {', '.join(choices)}")
     route, _, capability = name.partition(":")
     with _lock:
-        before = (_active, _decision)
+        before, cuda_before = (_active, _decision), _cuda_enabled
         decision = _decide(route, f"forced by paramkit.backend.force({name!r})")
         restore = decision.module.capability() if decision.compiled else None
-        if capability:
-            _set_capability(decision.module, capability, f"force({name!r})")
-        cuda_before = _cuda_enabled
-        if decision.compiled:
-            _enable_cuda(decision.module, decision.cuda)
-        _active, _decision = decision.module, decision
-        _sync_patch()
     try:
+        with _lock:
+            if capability:
+                _set_capability(decision.module, capability, f"force({name!r})")
+            if decision.compiled:
+                _enable_cuda(decision.module, decision.cuda)
+            _active, _decision = decision.module, decision
+            _sync_patch()
         yield decision.module
     finally:
         with _lock:
