@@ -69,7 +69,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 def _is_nan(tensor: Tensor) -> Tensor:
     """Where a tensor ``[numel]`` is NaN, real and imaginary parts side by side for complex."""
-    flat = tensor.detach().reshape(-1)
+    flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
     if flat.is_complex():
         # A NaN in one part says nothing about the other, so each part counts by itself.
         return torch.view_as_real(flat.to(torch.complex128)).isnan()

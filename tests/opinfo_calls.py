@@ -25,6 +25,7 @@ __all__ = [
     "FILLS",
     "SCATTERS",
     "Build",
+    "apart",
     "assignments",
     "copies",
     "joins",
@@ -223,3 +224,17 @@ def lists(operator: Any, sample: Sample, twins: Twins) -> Iterator[Call]:
     yield Call("foreach_copy_", dsts, dsts[::-1])
     yield Call("foreach_copy_", [t.mT if t.dim() > 1 else t for t in dsts], dsts)
     yield Call("foreach_zero_", dsts, None)
+
+
+def apart(build: Build) -> Build:
+    """Only those calls of `build` that copy from one memory to another, as between host and device."""
+
+    def storages(tree: Any) -> set[int]:
+        return {t.untyped_storage()._cdata for t in tensors_of(tree) if is_strided(t)}
+
+    def calls(operator: Any, sample: Sample, twins: Twins) -> Iterator[Call]:
+        for call in build(operator, sample, twins):
+            if storages(call.dst).isdisjoint(storages(call.value)):
+                yield call
+
+    return calls

@@ -136,6 +136,8 @@ def retyped(sample: Sample, dtype: torch.dtype, seed: int) -> Sample:
             return dtype
         if not isinstance(leaf, Tensor) or leaf.dtype is not torch.float32:
             return leaf
+        if leaf.layout is not torch.strided:  # as an argument, beside a strided input
+            return leaf
         if dtype in QUANTIZED:
             return torch.quantize_per_tensor(leaf.detach(), 0.125, 3, dtype)
         storage = leaf.untyped_storage()

@@ -6,7 +6,7 @@ Some operators by default, each with a few dtypes; with ``make slow`` every oper
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import paramkit
 from tests import opinfo_calls
 from tests.cases import DTYPES
 from tests.known_differences import DIFFERENCES
-from tests.opinfo_calls import COPIES, FILLS, SCATTERS, Build
+from tests.opinfo_calls import COPIES, FILLS, SCATTERS, Build, apart
 from tests.opinfo_samples import (
     QUANTIZED,
     Sample,
@@ -28,6 +28,7 @@ from tests.opinfo_samples import (
     sparse_samples,
 )
 from tests.parity import OURS, Side, Tally, compare
+from tests.routes import TRANSFERS
 from tests.twins import Twins
 
 DIFFERENTIABLE = (torch.float32, torch.float64, torch.bfloat16, torch.complex64)
@@ -41,11 +42,15 @@ compiled_only = pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 
 
 @pytest.fixture
-def tally(backend: str) -> Iterator[Tally]:
-    """Counts what a test does; one that did nothing, or not on the kernels, proves nothing."""
+def tally(backend: str, record_property: Callable[[str, object], None]) -> Iterator[Tally]:
+    """Counts what a test does; one that did nothing, or not on the kernels, proves nothing.
+
+    ``--junitxml`` has the counts: docs/trust.md says how many writes were compared.
+    """
     tally = Tally()
     with paramkit.backend.trace() as trace:
         yield tally
+    record_property("calls", tally.calls)
     assert tally.calls > 0
     kernels = sum(trace.routes.values()) - trace.routes.get("native", 0)
     assert (kernels > 0) == (backend != "native" and tally.kernels), trace.routes
@@ -201,6 +206,8 @@ def test_every_operator_and_dtype(number: int, tally: Tally) -> None:
 def test_every_sample(kind: str, backend: str, tally: Tally) -> None:
     """The operators that are writes, on every backend, with torch's longer lists of samples."""
     build, names = KINDS[kind]
+    if backend in TRANSFERS:
+        build = apart(build)
     for operator in named(names):
         for dtype in DTYPES:
             run(build, operator, samples(operator, dtype, reference=True), tally)
@@ -209,9 +216,10 @@ def test_every_sample(kind: str, backend: str, tally: Tally) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(SHARDS))
 def test_every_list(number: int, backend: str, tally: Tally) -> None:
+    lists = apart(opinfo_calls.lists) if backend in TRANSFERS else opinfo_calls.lists
     for operator in shard(number, list(foreach_operators().values())):
         for dtype in DTYPES:
-            run(opinfo_calls.lists, operator, samples(operator, dtype), tally)
+            run(lists, operator, samples(operator, dtype), tally)
 
 
 # The list of differences.

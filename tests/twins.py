@@ -76,6 +76,11 @@ class Twins:
         """Every twin so far, in the order in which they were asked for."""
         return [twin for _, twin in self._tensors.values()]
 
+    @property
+    def originals(self) -> list[Tensor]:
+        """What they are twins of, in the same order."""
+        return [original for original, _ in self._tensors.values()]
+
     def memory(self) -> list[Tensor]:
         """The bytes of every storage, pattern included; views of the live memory."""
         return list(self._storages.values())
