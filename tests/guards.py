@@ -63,6 +63,9 @@ def bits(tensor: Tensor) -> Tensor:
     """
     size = tensor.element_size()
     raw = storage_bytes(tensor)
+    if tensor.is_contiguous():  # the same bytes without an index for each element
+        start = tensor.storage_offset() * size
+        return raw[start : start + tensor.numel() * size].clone().view(-1, size)
     whole = raw[: raw.numel() // size * size].view(-1, size)
     return whole[elements(tensor)]
 
