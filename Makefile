@@ -45,9 +45,9 @@ test: $(STAMPS)/test $(STAMPS)/extension ## the whole suite, on every backend th
 	$(say) 'tests'
 	@$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-slow: $(STAMPS)/test $(STAMPS)/extension ## the exhaustive tests: every 32-bit value, many random views
+slow: $(STAMPS)/test $(STAMPS)/extension ## the exhaustive tests, an hour and more; TESTS=tests/test_casts.py
 	$(say) 'slow tests'
-	@$(PY) -m pytest -m slow -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(PY) -m pytest -m slow -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS) $(ARGS)
 
 # Builds of their own, in build/sanitize: the normal binary stays as it is.
 checks: $(STAMPS)/test ## take out each check before a write in turn: a test must fail

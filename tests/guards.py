@@ -65,7 +65,7 @@ def bits(tensor: Tensor) -> Tensor:
     raw = storage_bytes(tensor)
     if tensor.is_contiguous():  # the same bytes without an index for each element
         start = tensor.storage_offset() * size
-        return raw[start : start + tensor.numel() * size].clone().view(-1, size)
+        return raw[start : start + tensor.numel() * size].clone().view(tensor.numel(), size)
     whole = raw[: raw.numel() // size * size].view(-1, size)
     return whole[elements(tensor)]
 

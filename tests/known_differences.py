@@ -92,16 +92,21 @@ def _list_is_refused() -> bool:
     return False
 
 
-def _casts(call: Call, reference: Seen, got: Seen) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(torch's destination, ours, where the source is NaN) of every conversion of real numbers."""
+def _copied(call: Call, reference: Seen, got: Seen) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(torch's destination, ours, the source) of every copy between strided tensors."""
     if call.kind not in ("copy_", "foreach_copy_") or reference.error or got.error:
         return
     sources = call.value if isinstance(call.value, (list, tuple)) else [call.value]
     for theirs, mine, src in zip(reference.tensors, got.tensors, sources):
-        plain = is_strided(mine) and is_strided(src)
-        if plain and src.dtype != mine.dtype and src.is_floating_point() and mine.numel():
-            nan = src.detach().expand(mine.shape).to(torch.float64).isnan()
-            yield theirs, mine, nan.reshape(-1)
+        if is_strided(mine) and is_strided(src) and mine.numel():
+            yield theirs, mine, src.detach().expand(mine.shape)
+
+
+def _casts(call: Call, reference: Seen, got: Seen) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(torch's destination, ours, where the source is NaN) of every conversion of real numbers."""
+    for theirs, mine, src in _copied(call, reference, got):
+        if src.dtype != mine.dtype and src.is_floating_point():
+            yield theirs, mine, src.to(torch.float64).isnan().reshape(-1)
 
 
 def _take_over(theirs: Tensor, mine: Tensor, where: Tensor) -> bool:
@@ -214,10 +219,10 @@ def _versions_show() -> bool:
 
 def _bool_bytes(call: Call, reference: Seen, got: Seen) -> bool:
     found = False
-    for theirs, mine in zip(reference.tensors, got.tensors):
-        if mine.dtype is torch.bool and is_strided(mine) and mine.numel():
-            odd = (bits(mine) > 1).reshape(-1) & (bits(theirs) == 1).reshape(-1)
-            found |= _take_over(theirs, mine, odd)
+    for theirs, mine, src in _copied(call, reference, got):
+        if mine.dtype is src.dtype is torch.bool:
+            moved = (bits(mine) > 1) & (bits(mine) == bits(src)) & (bits(theirs) == 1)
+            found |= _take_over(theirs, mine, moved.reshape(-1))
     return found
 
 

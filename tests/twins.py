@@ -81,6 +81,11 @@ class Twins:
         """What they are twins of, in the same order."""
         return [original for original, _ in self._tensors.values()]
 
+    def margins(self) -> list[Tensor]:
+        """The bytes before and behind every storage that was not resized; views of the live memory."""
+        whole = [raw for raw in self.memory() if raw.numel() == raw.untyped_storage().nbytes()]
+        return [part for raw in whole for part in (raw[:_MARGIN], raw[-_MARGIN:])]
+
     def memory(self) -> list[Tensor]:
         """The bytes of every storage, pattern included; views of the live memory."""
         return list(self._storages.values())

@@ -140,22 +140,30 @@ def force(name: str) -> Iterator[ModuleType]:
         before, cuda_before = (_active, _decision), _cuda_enabled
         decision = _decide(route, f"forced by paramkit.backend.force({name!r})")
         restore = decision.module.capability() if decision.compiled else None
-    try:
-        with _lock:
+
+        def put_back() -> None:
+            global _active, _decision
+            with _lock:
+                if restore is not None:
+                    decision.module.set_capability(restore)
+                    _enable_cuda(decision.module, cuda_before)
+                _active, _decision = before
+                _sync_patch()
+
+        try:
             if capability:
                 _set_capability(decision.module, capability, f"force({name!r})")
             if decision.compiled:
                 _enable_cuda(decision.module, decision.cuda)
             _active, _decision = decision.module, decision
             _sync_patch()
+        except BaseException:
+            put_back()
+            raise
+    try:
         yield decision.module
     finally:
-        with _lock:
-            if restore is not None:
-                decision.module.set_capability(restore)
-                _enable_cuda(decision.module, cuda_before)
-            _active, _decision = before
-            _sync_patch()
+        put_back()
 
 
 def decide() -> Decision:
@@ -183,7 +191,11 @@ def decide() -> Decision:
             if decision.compiled:
                 _enable_cuda(decision.module, decision.cuda)
             _decision = decision
-            _sync_patch()
+            try:
+                _sync_patch()
+            except BaseException:
+                _decision = None
+                raise
         return _decision
 
 
