@@ -698,6 +698,36 @@ def test_another_librarys_kernel_is_not_hidden(name: str, key: str) -> None:
     assert taken == "{'copy': 1}"
 
 
+@pytest.mark.usefixtures("once")
+def test_a_decision_that_the_patch_cannot_follow_is_not_kept() -> None:
+    """Each use says so, until the patch ends; not only the first, with torch silently left as it is."""
+    done = python(
+        """
+        import torch, paramkit
+        from torch import library as registry
+        with paramkit.backend.force("native"):
+            patch = paramkit.patch_torch()
+        library = registry.Library("aten", "IMPL")
+        library.impl("copy_", lambda dst, value, non_blocking=False: dst, "CPU")
+        dst, src = torch.zeros(2), torch.full((2,), 3.0)
+        for _ in range(2):
+            try:
+                paramkit.copy_(dst, src)
+            except RuntimeError as error:
+                print(str(error).splitlines()[0])
+        patch.remove()
+        del library
+        paramkit.copy_(dst, src)
+        print(dst.tolist())
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    first, second, after = done.stdout.splitlines()
+    assert first == second
+    assert "another library has a kernel of its own" in first
+    assert after == "[3.0, 3.0]"
+
+
 def test_bits_of_a_large_copy() -> None:
     """Enough for all threads and for stores that pass by the cache."""
     source = torch.arange(9_000_001, dtype=torch.int32)
