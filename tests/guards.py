@@ -63,9 +63,12 @@ def bits(tensor: Tensor) -> Tensor:
     """
     size = tensor.element_size()
     raw = storage_bytes(tensor)
-    if tensor.is_contiguous():  # the same bytes without an index for each element
+    if (
+        tensor.is_contiguous()
+    ):  # without an index for each element, and by numpy: torch may be patched
         start = tensor.storage_offset() * size
-        return raw[start : start + tensor.numel() * size].clone().view(tensor.numel(), size)
+        copy = raw[start : start + tensor.numel() * size].numpy().copy()
+        return torch.from_numpy(copy).view(tensor.numel(), size)
     whole = raw[: raw.numel() // size * size].view(-1, size)
     return whole[elements(tensor)]
 

@@ -183,6 +183,11 @@ def shard(number: int, all_of_them: Sequence[Any]) -> Sequence[Any]:
     return all_of_them[number::SHARDS]
 
 
+def possible(build: Build, backend: str) -> Build:
+    """What a backend can be asked: host and device memory have nothing in common."""
+    return apart(build) if backend in TRANSFERS else build
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(SHARDS))
 @compiled_only
@@ -206,8 +211,7 @@ def test_every_operator_and_dtype(number: int, tally: Tally) -> None:
 def test_every_sample(kind: str, backend: str, tally: Tally) -> None:
     """The operators that are writes, on every backend, with torch's longer lists of samples."""
     build, names = KINDS[kind]
-    if backend in TRANSFERS:
-        build = apart(build)
+    build = possible(build, backend)
     for operator in named(names):
         for dtype in DTYPES:
             run(build, operator, samples(operator, dtype, reference=True), tally)
@@ -216,7 +220,7 @@ def test_every_sample(kind: str, backend: str, tally: Tally) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(SHARDS))
 def test_every_list(number: int, backend: str, tally: Tally) -> None:
-    lists = apart(opinfo_calls.lists) if backend in TRANSFERS else opinfo_calls.lists
+    lists = possible(opinfo_calls.lists, backend)
     for operator in shard(number, list(foreach_operators().values())):
         for dtype in DTYPES:
             run(lists, operator, samples(operator, dtype), tally)
