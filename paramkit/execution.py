@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from .backend.native import moved_by_callback
 from .errors import PlanError, SourceError
-from .journal import Journal, shielded
+from .interrupts import settled
+from .journal import Journal
 from .stream import Streamed
 from .torn import Torn, clear, mark, reason_of, torn_error
 
@@ -65,20 +67,20 @@ def execute(
     _check_transforms()
     journal = Journal() if atomic else None
     course = Course()
-    try:
-        if not write(compiled, journal, progress, course):
-            return False
-    except BaseException as error:
+
+    def settle(error: BaseException) -> None:
         if journal is not None:
-            shielded(journal.restore)
-            raise
+            journal.restore()
+            return
         state = _state(compiled, names, write_names, error, course, frozenset(apart))
         if state is None:
-            raise
+            return
         mark(model, state)
-        if not isinstance(error, Exception):
-            raise
-        raise torn_error(state, getattr(error, "findings", ())) from error
+        if isinstance(error, Exception):
+            raise torn_error(state, getattr(error, "findings", ())) from error
+
+    if not settled(partial(write, compiled, journal, progress, course), settle):
+        return False
     clear(model, names)
     return True
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -19,7 +20,8 @@ from .conflicts import find_conflicts
 from .destinations import Destination, is_uninitialized, layout_finding
 from .errors import Finding, PlanError, SourceError
 from .fills import Constant, Mean
-from .journal import Journal, shielded
+from .interrupts import settled
+from .journal import Journal
 from .judge import conflict_finding, summary_of
 from .localize import local_tensor, local_writes
 from .ops import foreach_copy_
@@ -113,7 +115,7 @@ class _Stream:
         active = backend.active()
         # All of it is one write to other threads, however long the next tensor takes to come.
         with active.Claim([t for t in self.local if t is not None], []):
-            resolved = self._write_all(items)
+            resolved = settled(partial(self._write_all, items), self._failed)
         names = [resolved.destinations[k].name for k in sorted(self.written)]
         clear(self.model, names)
         self._set_requires_grad()
@@ -122,17 +124,13 @@ class _Stream:
         return Report(summary, perf_counter() - start)
 
     def _write_all(self, items: Iterable[tuple[str, Tensor]]) -> Resolved:
-        try:
-            self._check_destinations()
-            self._write()  # what rules fill without a source
-            for item in items:
-                self._take(item)
-                del item  # or it would live on while the next one is made
-            resolved = self.resolver.finish()
-            self._write()  # what wildcards fill
-        except BaseException as error:
-            self._failed(error)
-            raise
+        self._check_destinations()
+        self._write()  # what rules fill without a source
+        for item in items:
+            self._take(item)
+            del item  # or it would live on while the next one is made
+        resolved = self.resolver.finish()
+        self._write()  # what wildcards fill
         return resolved
 
     def _check_destinations(self) -> None:
@@ -300,7 +298,7 @@ class _Stream:
             return
         r = self.resolver
         if self.journal is not None:
-            shielded(self.journal.restore)
+            self.journal.restore()
             return
         written: dict[int, list[Write]] = {}
         for write in r.writes[: self.sure]:

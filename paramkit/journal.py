@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from .ops import foreach_copy_
 from .pieces import view_of
 
-__all__ = ["Journal", "shielded"]
+__all__ = ["Journal"]
 
 
 class Journal:
@@ -52,16 +52,3 @@ class Journal:
         if views:
             with torch.no_grad():
                 foreach_copy_(views, copies)
-
-
-def shielded(function: Callable[[], object]) -> None:
-    """Call a function that may be called again until it was not interrupted; interrupt then."""
-    interrupt: KeyboardInterrupt | None = None
-    while True:
-        try:
-            function()
-            break
-        except KeyboardInterrupt as error:
-            interrupt = error
-    if interrupt is not None:
-        raise interrupt

@@ -25,6 +25,7 @@ from .destinations import Destination
 from .errors import Finding, PlanError
 from .execution import execute
 from .fills import Constant
+from .interrupts import shielded
 from .judge import (
     Slot,
     conflict_finding,
@@ -438,8 +439,11 @@ class Plan:
 
             try:
                 back()
-            finally:
-                back()  # an interrupt may come at its very beginning
+            finally:  # see NOTE: [Interrupts]
+                try:
+                    back()
+                finally:
+                    shielded(back)
             if stale is not None:
                 names = ", ".join(dict.fromkeys(self._write_dst[w] for w in lost))
                 lost_text = (

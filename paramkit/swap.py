@@ -11,7 +11,7 @@ from torch import Tensor
 from .conflicts import find_conflicts
 from .destinations import Destination
 from .execution import write
-from .journal import Journal, shielded
+from .journal import Journal
 from .pieces import same_memory
 from .resolve import Resolved
 from .stream import Streamed
@@ -45,23 +45,18 @@ class Exchange:
             return write(self._compiled, self._journal)
 
     def leave(self) -> list[int]:
-        """Put back what was there; nothing where nothing was put in.
+        """Put back what was there; nothing where nothing was put in. May be called again where it was interrupted.
 
         Returns:
             Numbers of the writes whose memory is gone, so that nothing could be put back.
         """
-        lost: list[int] = []
-
-        def back() -> None:
-            with self.claim():
-                if not self.in_place:
-                    self._journal.restore()
-                # Counted where it happens: an interrupt may come between an exchange and its return.
-                elif (self._compiled.exchanges() - self._before) % 2:
-                    lost.extend(self._compiled.exchange_back())
-
-        shielded(back)
-        return lost
+        with self.claim():
+            if not self.in_place:
+                self._journal.restore()
+            # Counted where it happens: an interrupt may come between an exchange and its return.
+            elif (self._compiled.exchanges() - self._before) % 2:
+                return list(self._compiled.exchange_back())
+        return []
 
     def claim(self) -> Any:
         """Keeps other threads from both sides while a block runs."""

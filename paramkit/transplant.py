@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .compiling import between_graphs
+from .interrupts import shielded
 from .iterate import is_stream, transplant_stream
-from .journal import shielded
 from .model_plan import ModelPlan
 from .options import Options
 from .report import Report

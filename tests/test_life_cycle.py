@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -176,16 +177,31 @@ class Interrupt(KeyboardInterrupt):
 class Storm:
     """Calls interrupted at random moments, by a signal, as the interpreter handles one.
 
+    Args:
+        most: interrupts of one call: with two, the second comes while what is done about the first is.
+
     Attributes:
         hits: calls that were interrupted.
+        places: where the last one was.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, most: int = 1) -> None:
         self.hits = 0
+        self.places: list[str] = []
         self._generator = torch.Generator().manual_seed(seed)
+        self._most = most
+        self._left = 0
+        self._next = 0.0
 
     def __enter__(self) -> Storm:
-        def interrupt(number: int, frame: object) -> None:
+        def interrupt(number: int, frame: FrameType | None) -> None:
+            if not self._left:
+                return  # the call is over
+            self._left -= 1
+            if frame is not None:
+                self.places.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+            if self._left:
+                signal.setitimer(signal.ITIMER_REAL, self._next)
             raise Interrupt
 
         self._before = signal.signal(signal.SIGALRM, interrupt)
@@ -197,14 +213,19 @@ class Storm:
 
     def call(self, call: Callable[[], object], longest: float) -> bool:
         """Whether it was interrupted."""
-        delay = max(float(torch.rand((), generator=self._generator)) * longest, 2e-6)
+        delays = torch.rand(2, generator=self._generator) * longest
+        delay, self._next = (max(x, 2e-6) for x in delays.tolist())
+        self.places, self._left = [], self._most
         try:
             signal.setitimer(signal.ITIMER_REAL, delay)
             call()
             signal.setitimer(signal.ITIMER_REAL, 0)
         except Interrupt:
+            self._left = 0
+            signal.setitimer(signal.ITIMER_REAL, 0)
             self.hits += 1
             return True
+        self._left = 0
         return False
 
 
@@ -215,27 +236,37 @@ def time_of(call: Callable[[], object]) -> float:
 
 
 @pytest.mark.parametrize("least", [3, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("most", [1, 2])
 @pytest.mark.parametrize("atomic", [False, True], ids=["torn", "atomic"])
-@pytest.mark.parametrize("kind", ["memory", "file"])
+@pytest.mark.parametrize("kind", ["memory", "file", "stream"])
 def test_an_interrupt_leaves_a_state_that_is_told(
-    route: str, tmp_path: Path, kind: str, atomic: bool, least: int
+    route: str, tmp_path: Path, kind: str, atomic: bool, most: int, least: int
 ) -> None:
     """All old or all new; or the model is marked, and the mark is right; and the plan goes on afterwards."""
     numel = 40_000 if kind == "memory" else 3000
     model = model_of(numel)
     seen = watch(*model.parameters())
-    plans = {v: plan_of(model, kind, v, tmp_path) for v in (1.0, 2.0)}
-    both = [partial(plans[v].apply, atomic=atomic) for v in (2.0, 1.0)]
+    plans = {
+        v: plan_of(model, "file" if kind == "file" else "memory", v, tmp_path) for v in (1.0, 2.0)
+    }
+
+    def write(value: float) -> None:
+        if kind == "stream":
+            paramkit.transplant(model, iter(values_of(numel, value).items()), atomic=atomic)
+        else:
+            plans[value].apply(atomic=atomic)
+
+    both = [partial(write, v) for v in (2.0, 1.0)]
     old, longest = 1.0, 1.1 * min(time_of(call) for call in both * 3)
-    with Storm(1) as storm:
+    with Storm(1, most) as storm:
         while storm.hits < least:
             new = 3.0 - old
             if not storm.call(both[new == 1.0], longest):
                 assert held(model) == {new}
             state = paramkit.torn(model)
-            assert not (atomic and state)
+            assert not (atomic and state), storm.places
             if state is None:
-                assert held(model) in ({old}, {new})
+                assert held(model) in ({old}, {new}), storm.places
             else:
                 assert {*state.written, *state.unwritten} == {*model}
                 for name in state.written:
@@ -249,12 +280,13 @@ def test_an_interrupt_leaves_a_state_that_is_told(
 
 
 @pytest.mark.parametrize("least", [150, pytest.param(20_000, marks=pytest.mark.slow)])
-def test_an_interrupt_does_not_lock_a_plan(route: str, least: int) -> None:
+@pytest.mark.parametrize("most", [1, 2])
+def test_an_interrupt_does_not_lock_a_plan(route: str, most: int, least: int) -> None:
     """Also one that comes just as a call begins or ends."""
     model = model_of(4)
     plan = paramkit.plan(model, values_of(4, 1.0))
     longest = 1.2 * min(time_of(plan.apply) for _ in range(20))
-    with Storm(2) as storm:
+    with Storm(2, most) as storm:
         while storm.hits < least:
             storm.call(plan.apply, longest)
     plan.apply()
@@ -263,21 +295,62 @@ def test_an_interrupt_does_not_lock_a_plan(route: str, least: int) -> None:
 
 
 @pytest.mark.parametrize("least", [80, pytest.param(5000, marks=pytest.mark.slow)])
-def test_an_interrupt_leaves_nothing_swapped_in(route: str, least: int) -> None:
+@pytest.mark.parametrize("most", [1, 2])
+@pytest.mark.parametrize("kind", ["exchange", "copy"])
+def test_an_interrupt_leaves_nothing_swapped_in(
+    route: str, kind: str, most: int, least: int
+) -> None:
+    plan, swap, is_whole = swapping(kind)
+    longest = 1.2 * min(time_of(swap) for _ in range(20))
+    with Storm(3, most) as storm:
+        while storm.hits < least:
+            storm.call(swap, longest)
+            assert is_whole(), storm.places
+    plan.apply()
+    assert not is_whole()
+
+
+def swapping(kind: str) -> tuple[paramkit.Plan, Callable[[], None], Callable[[], bool]]:
+    """A plan, a block in which its source is swapped in, and whether everything is where it was."""
     model, average = model_of(4, 1.0), model_of(4, 2.0)
-    plan = paramkit.plan(model, average)
+    source: nn.Module = average.double() if kind == "copy" else average
+    plan = paramkit.plan(model, source)
 
     def swap() -> None:
         with plan.swapped():
-            pass
+            assert held(model) == {2.0}
+            assert plan._exchange is not None and plan._exchange.in_place == (kind == "exchange")
 
-    longest = 1.2 * min(time_of(swap) for _ in range(20))
-    with Storm(3) as storm:
-        while storm.hits < least:
-            storm.call(swap, longest)
-            assert (held(model), held(average)) == ({1.0}, {2.0})
+    return plan, swap, lambda: (held(model), held(average)) == ({1.0}, {2.0})
+
+
+@pytest.mark.parametrize("kind", ["exchange", "copy"])
+def test_an_interrupt_at_every_point_of_swapped(route: str, kind: str) -> None:
+    """At every beginning of a function and every end of a call: there the interpreter looks for one."""
+    plan, swap, is_whole = swapping(kind)
+    point = points = 0
+
+    def look(frame: FrameType, event: str, arg: object) -> None:
+        nonlocal points
+        if event in ("call", "c_return", "c_exception"):
+            points += 1
+            if points == point:
+                raise Interrupt
+
+    while point <= points:
+        point, points = point + 1, 0
+        before = sys.getprofile()
+        sys.setprofile(look)
+        try:
+            swap()
+        except Interrupt:
+            pass
+        finally:
+            sys.setprofile(before)
+        assert is_whole(), point
+    assert point > 150
     plan.apply()
-    assert held(model) == {2.0}
+    assert not is_whole()
 
 
 def test_an_interrupt_of_a_write_that_waits(route: str, tmp_path: Path) -> None:
@@ -298,6 +371,34 @@ def python(text: str, *arguments: str, limit: float = 240) -> subprocess.Complet
     environ = {**os.environ, "PYTHONFAULTHANDLER": "1"}
     command = [sys.executable, "-c", text, *arguments]
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=limit)
+
+
+def test_the_garbage_collector_may_claim_inside_a_claim(route: str) -> None:
+    """What it frees may be a block of `swapped` that nobody holds any more, and that is put back then."""
+    run = python(
+        """
+import gc, sys, torch, paramkit
+
+with paramkit.backend.force(sys.argv[1]):
+    active = paramkit.backend.active()
+    claimed = []
+
+    def claim(phase, info):
+        with active.Claim([torch.zeros(4)], []):
+            claimed.append(phase)
+
+    gc.callbacks.append(claim)
+    gc.set_threshold(1)
+    for _ in range(200):
+        with active.Claim([torch.zeros(4)], [torch.zeros(4)]):
+            pass
+    gc.callbacks.remove(claim)
+print("ok" if len(claimed) > 200 else len(claimed))
+""",
+        route,
+        limit=60,
+    )
+    assert (run.returncode, run.stdout) == (0, "ok\n"), run.stderr
 
 
 def test_control_c_in_a_process(route: str) -> None:

@@ -32,7 +32,8 @@ _LONGEST_PAUSE = 0.01  # seconds, between two looks of a thread that waits
 # NOTE: [Interrupts] An interrupt may come at the beginning of every function of Python, so also of an `__exit__`, and
 # of those of threading.Condition; not between a block's end and what a plain lock does there. So a claim is held as
 # long as a lock of its own is, and the block ends with that lock's `__exit__`.
-_lock = threading.Lock()
+# Reentrant: the garbage collector may end a block of `swapped` that nobody holds any more in the middle of `_take`.
+_lock = threading.RLock()
 _claims: list[Claim] = []  # in the order in which they came, and some that are over
 _wanted = True
 
@@ -81,7 +82,7 @@ class Claim:
         self._thread = threading.get_ident()
         with _lock:
             _claims[:] = [c for c in _claims if c._held.locked()]
-            holding = any(c._thread == self._thread for c in _claims)
+            holding = self._thread in [c._thread for c in _claims]
             _claims.append(self)
             self._active = not self._blocked(holding)
         if not self._active and holding:
@@ -103,7 +104,7 @@ class Claim:
         may wait for it. So it may pass by what waits, which has to see it there, behind itself.
         """
         before = not holding
-        for other in _claims:
+        for other in list(_claims):
             if other is self:
                 before = False
             if other._thread == self._thread or not (before or other._active):
@@ -160,7 +161,7 @@ def _meet(a: Ranges, b: Ranges) -> bool:
 def _forget() -> None:
     """In a child the other threads are not there, nor what they were at."""
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     here = threading.get_ident()
     _claims[:] = [c for c in _claims if c._thread == here]
 

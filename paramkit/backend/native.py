@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..errors import PlanError
+from ..interrupts import shielded
 from .checks import check_copy, check_fill, check_inplace, has_no_memory, tensor_list
 from .claims import Claim, ranges_of, set_claims  # noqa: F401  as the extension has them
 
@@ -253,20 +254,18 @@ class Plan:
         """Swap some writes: all, or none where one fails. An interrupt is raised when all is done."""
         views = [self._views(i, detach=True) for i in numbers]
         swap = _Swap([block for dst, src in views for block in _blocks(dst, src)])
-        interrupt: KeyboardInterrupt | None = None
-        while True:
+
+        def go_on() -> None:
+            if swap.over:
+                return
             try:
-                if not swap.over:
-                    swap.go_on()
-                    self._exchanges += 1
-                break
-            except KeyboardInterrupt as error:
-                interrupt = error
+                swap.go_on()
+                self._exchanges += 1
             except Exception:
                 swap.turn_round()
                 raise
-        if interrupt is not None:
-            raise interrupt
+
+        shielded(go_on)
 
     def exchanges(self) -> int:
         """How many exchanges were done: told apart from their calls, behind which an interrupt may come."""
