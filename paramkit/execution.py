@@ -14,7 +14,7 @@ from .errors import PlanError, SourceError
 from .interrupts import settled
 from .journal import Journal
 from .stream import Streamed
-from .torn import Torn, clear, mark, reason_of, torn_error
+from .torn import Torn, TornError, clear, mark, reason_of, torn_error
 
 __all__ = ["execute", "write"]
 
@@ -68,16 +68,17 @@ def execute(
     journal = Journal() if atomic else None
     course = Course()
 
-    def settle(error: BaseException) -> None:
+    def settle(error: BaseException) -> TornError | None:
         if journal is not None:
             journal.restore()
-            return
+            return None
         state = _state(compiled, names, write_names, error, course, frozenset(apart))
         if state is None:
-            return
+            return None
         mark(model, state)
-        if isinstance(error, Exception):
-            raise torn_error(state, getattr(error, "findings", ())) from error
+        if not isinstance(error, Exception):
+            return None
+        return torn_error(state, getattr(error, "findings", ()))
 
     if not settled(partial(write, compiled, journal, progress, course), settle):
         return False

@@ -10,42 +10,57 @@ __all__ = ["settled", "shielded"]
 
 _T = TypeVar("_T")
 
-# NOTE: [Interrupts] An interrupt (Ctrl-C, a signal handler that raises) may come at the beginning of every function of
-# Python, at the end of every call and at every jump back; so also in what puts things right after a first one, when
-# it is pressed twice. It cannot come between the end of a `try` and the first call of its `except` or `finally`. So
-# what must not be left undone may be called again, and is called from there: two interrupts are not enough to leave
-# it, wherever they come; a third would have to hit the very beginning of one function.
+# NOTE: [Interrupts] An interrupt (Ctrl-C, or the SystemExit of a handler of SIGTERM) may come at the beginning of every
+# function of Python, at the end of a call and at a jump back; so also in what puts things right after a first one. It
+# cannot come between what ends a `try` and the first call in its `except` or `finally`. So what must not be left
+# undone is such that it may be called again, is called from there, and again from there: three interrupts are not
+# enough to leave it, wherever they come.
+_INTERRUPTS = (KeyboardInterrupt, SystemExit)
 
 
 def shielded(function: Callable[[], object]) -> None:
-    """Call a function that may be called again until it was not interrupted; interrupt then."""
+    """Call a function that may be called again until it was not interrupted; interrupt then.
+
+    One that comes before its first call leaves it undone, as it would the call of any function.
+    """
     try:
         function()
-    except KeyboardInterrupt:
+    except _INTERRUPTS:
         try:
             function()
-        except KeyboardInterrupt:
+        except _INTERRUPTS:
             shielded(function)
             raise
         raise
 
 
-def settled(body: Callable[[], _T], settle: Callable[[BaseException], object]) -> _T:
+def settled(body: Callable[[], _T], settle: Callable[[BaseException], BaseException | None]) -> _T:
     """Call a function; where it fails, put things right before the error goes on.
 
     Args:
         body: what may fail.
-        settle: called with the error, again where it is interrupted. It may raise another one instead.
+        settle: called with the error; again where it was interrupted itself. It may return an error to raise instead.
 
     Raises:
-        KeyboardInterrupt: also where only `settle` was interrupted, after it was done.
+        BaseException: of `settle`, if there was one: an interrupt is raised when it is done; else what it returned,
+            else that of `body`.
     """
     try:
         return body()
     except BaseException as error:
         try:
-            settle(error)
-        except KeyboardInterrupt:
-            shielded(partial(settle, error))
+            other = settle(error)
+        # Whatever it is: a handler of a signal may raise what it likes.
+        except BaseException:
+            try:
+                settle(error)
+            except _INTERRUPTS:
+                shielded(partial(settle, error))
+                raise
             raise
-        raise
+        if other is None:
+            raise
+        try:
+            raise other from error
+        finally:
+            del other  # it knows this frame

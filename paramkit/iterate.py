@@ -32,7 +32,7 @@ from .resolve import Resolved, Resolver, Write, plan_error
 from .sharding import unsharded_finding
 from .sources.lazy import Lazy, Stored
 from .sources.spread import Spread
-from .torn import Torn, clear, mark, reason_of, torn_error
+from .torn import Torn, TornError, clear, mark, reason_of, torn_error
 
 __all__ = ["is_stream", "transplant_stream"]
 
@@ -254,8 +254,9 @@ class _Stream:
             if isinstance(d.tensor, Spread):
                 wrappers.append(d.tensor.wrapper)
             for to, source, w in local_writes(write, d.tensor, self._source(write), d.name):
-                dsts.append(view_of(to, w.sizes, w.dst_strides, w.dst_offset))
-                srcs.append(_seen(source, w))
+                # Detached instead of under no_grad, which an interrupt may leave on.
+                dsts.append(view_of(to.detach(), w.sizes, w.dst_strides, w.dst_offset))
+                srcs.append(_seen(source, w).detach())
         self.done += len(writes)
         ties = r.proof.ties[self.tied :]
         self.tied += len(ties)
@@ -266,7 +267,7 @@ class _Stream:
         if wrappers:
             torch.autograd.graph.increment_version(wrappers)
         if dsts:
-            with torch.no_grad(), backend.trace() as traced:
+            with backend.trace() as traced:
                 foreach_copy_(dsts, srcs)
             self.routes.update(traced.routes)
             self.sure = self.done
@@ -293,13 +294,13 @@ class _Stream:
 
     # -- the end --
 
-    def _failed(self, error: BaseException) -> None:
+    def _failed(self, error: BaseException) -> TornError | None:
         if not self.written:
-            return
+            return None
         r = self.resolver
         if self.journal is not None:
             self.journal.restore()
-            return
+            return None
         written: dict[int, list[Write]] = {}
         for write in r.writes[: self.sure]:
             written.setdefault(write.dst, []).append(write)
@@ -313,12 +314,15 @@ class _Stream:
                 d.transient or k in r.proof.kept or self._may_stay(d, allowed)
             ):
                 left.append(d.name)
+        if not left and not isinstance(error, Exception):
+            return None  # interrupted when all was done
         plan = isinstance(error, PlanError) and not isinstance(error, SourceError)
         reason = "what is wrong shows only now that writing has begun" if plan else reason_of(error)
         state = Torn(tuple(names), tuple(left), reason)
         mark(self.model, state)
-        if isinstance(error, Exception):
-            raise torn_error(state, getattr(error, "findings", ())) from error
+        if not isinstance(error, Exception):
+            return None
+        return torn_error(state, getattr(error, "findings", ()))
 
     def _may_stay(self, d: Destination, allowed: Mapping[str, int]) -> bool:
         """Whether a destination may stay as it is: by an allow-list, or by a wildcard that keeps it."""

@@ -30,11 +30,11 @@ class Journal:
 
     def note(self, views: Iterable[Tensor]) -> None:
         """Copy views of destinations, before they are written."""
-        views = [v for v in views if v.numel()]
+        # Detached instead of under no_grad, which an interrupt may leave on.
+        views = [v.detach() for v in views if v.numel()]
         copies = [torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in views]
         if views:
-            with torch.no_grad():
-                foreach_copy_(copies, views)
+            foreach_copy_(copies, views)
         self._saved += zip(views, copies, strict=True)
 
     def note_plan(self, compiled: Any) -> None:
@@ -50,5 +50,4 @@ class Journal:
         views = [v for v, _ in reversed(self._saved)]
         copies = [c for _, c in reversed(self._saved)]
         if views:
-            with torch.no_grad():
-                foreach_copy_(views, copies)
+            foreach_copy_(views, copies)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .backend import checks
 from .compiling import between_graphs
 from .destinations import is_uninitialized
 from .hooks import in_place_is_fine, is_torchs_load
+from .interrupts import settled
 from .localize import local_pairs
 from .sharding import any_sharded, is_sharded
 from .sources import module_tensors
@@ -160,17 +162,19 @@ def _load_with_rollback(
     tensors = {id(t): t for m in model.modules() for t in _tensors(m) if not t.is_meta}
     values = state_dict.values() if isinstance(state_dict, Mapping) else ()
     read = [t for t in values if isinstance(t, Tensor)]
-    with _restored_on_error(model), backend.active().Claim(list(tensors.values()), read):
+
+    def load() -> _IncompatibleKeys:
+        with _meta_is_an_error():
+            keys: _IncompatibleKeys = model.load_state_dict(state_dict, strict=strict)
+            return keys
+
+    def put_back(error: BaseException) -> None:
+        for tensor, before in saved:
+            tensor.detach().copy_(before)
+
+    with backend.active().Claim(list(tensors.values()), read):
         saved = [(t, t.detach().clone()) for t in tensors.values()]
-        try:
-            with _meta_is_an_error():
-                keys: _IncompatibleKeys = model.load_state_dict(state_dict, strict=strict)
-                return keys
-        except BaseException:
-            with torch.no_grad():
-                for tensor, before in saved:
-                    tensor.copy_(before)
-            raise
+        return _restored_on_error(model, partial(settled, load, put_back))
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
@@ -182,23 +186,27 @@ def _load_assigned(
     model: nn.Module, state_dict: Mapping[str, Any], strict: bool
 ) -> _IncompatibleKeys:
     """torch's own assignment, undone on an error."""
-    with _restored_on_error(model):
+
+    def load() -> _IncompatibleKeys:
         keys: _IncompatibleKeys = model.load_state_dict(state_dict, strict=strict, assign=True)
         return keys
 
+    return _restored_on_error(model, load)
 
-@contextmanager
-def _restored_on_error(model: nn.Module) -> Iterator[None]:
+
+def _restored_on_error(
+    model: nn.Module, load: Callable[[], _IncompatibleKeys]
+) -> _IncompatibleKeys:
     """On an error every module of the model gets the tensor objects back that it held before."""
     tables: list[dict[str, Any]] = [t for m in model.modules() for t in (m._parameters, m._buffers)]
     saved = [dict(table) for table in tables]
-    try:
-        yield
-    except BaseException:
+
+    def put_back(error: BaseException) -> None:
         for table, before in zip(tables, saved, strict=True):
             table.clear()
             table.update(before)
-        raise
+
+    return settled(load, put_back)
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -398,8 +398,7 @@ class Plan:
         """
         return _Swapped(self._swapped(source))
 
-    @contextmanager
-    def _swapped(self, source: NewSource | None) -> Iterator[Report]:
+    def _swapped(self, source: NewSource | None) -> Generator[Report, None, None]:
         use = _Use()
         try:
             self._enter(use)
@@ -430,8 +429,8 @@ class Plan:
 
             def back() -> None:
                 nonlocal stale
-                if self._exchange is None:
-                    return
+                if self._exchange is not exchange:
+                    return  # it is back; another thread may have swapped its source in meanwhile
                 stale = self._stale() if self._is_stale() else None
                 self._bump_shards()
                 lost.extend(exchange.leave())
@@ -646,17 +645,35 @@ class Plan:
 
 
 class _Swapped(AbstractContextManager[Report]):
-    """The block of `Plan.swapped`, each end of which is outside of compiled graphs."""
+    """The block of `Plan.swapped`, each end of which is outside of compiled graphs.
 
-    def __init__(self, block: AbstractContextManager[Report]) -> None:
+    Only an interrupt at the very beginning of `__exit__` is before what puts the source back. That happens then when
+    nobody holds the block any more: when its exception has been dealt with.
+    """
+
+    def __init__(self, block: Generator[Report, None, None]) -> None:
         self._block = block
 
     def __enter__(self) -> Report:
         if torch.compiler.is_dynamo_compiling():
             return between_graphs(_Swapped.__enter__, "Plan.swapped")(self)
-        return self._block.__enter__()
+        try:
+            report = next(self._block, None)
+        except BaseException:
+            self._block.close()
+            raise
+        if report is None:
+            raise RuntimeError("this block was entered before: call plan.swapped() for another one")
+        return report
 
-    def __exit__(self, *error: Any) -> bool | None:
-        if torch.compiler.is_dynamo_compiling():
+    def __exit__(self, *error: Any) -> None:
+        compiling = False
+        try:
+            compiling = torch.compiler.is_dynamo_compiling()
+        except BaseException:
+            next(self._block, None)
+            raise
+        if compiling:
             return between_graphs(_Swapped.__exit__, "Plan.swapped")(self, *error)
-        return self._block.__exit__(*error)
+        next(self._block, None)
+        return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -172,6 +173,55 @@ def test_a_parameter_replaced_meanwhile_is_told() -> None:
     with pytest.raises(PlanError, match="replaced or moved"), plan.swapped():
         model[0].weight = nn.Parameter(torch.zeros(30, 20))
     assert torch.equal(held, was) and torch.equal(average[0].weight, theirs)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TimeoutError, SystemExit])
+@pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
+def test_an_exchange_that_fails_is_turned_round(
+    done: bool, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the fallback, at each of its copies; and it is interrupted while it does that, at each of those."""
+    model, average = Net(), Net()
+    mine, theirs = bits(model), bits(average)
+    copies = 0
+    at: dict[int, type[BaseException]] = {}
+
+    def failing(copy: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal copies
+            copies += 1
+            raised = at.get(copies)
+            if raised is not None and raised is not KeyboardInterrupt and not done:
+                raise raised
+            result = copy(*args, **kwargs)
+            if raised is not None:
+                raise raised
+            return result
+
+        return call
+
+    with paramkit.backend.force("native"):
+        plan = paramkit.plan(model, average)
+        monkeypatch.setattr(Tensor, "clone", failing(Tensor.clone))
+        monkeypatch.setattr(Tensor, "copy_", failing(Tensor.copy_))
+        for first in range(1, 3 * 6 + 1):
+            for second in (*range(first + 1, first + 20), 0):
+                copies, at = 0, {first: error, second: KeyboardInterrupt}
+                with pytest.raises((error, KeyboardInterrupt)), plan.swapped():
+                    pytest.fail("not reached")
+                at = {}
+                assert same(bits(model), mine) and same(bits(average), theirs), (first, second)
+
+
+def test_a_block_is_entered_once() -> None:
+    model, average = Net(), Net()
+    mine = bits(model)
+    block = paramkit.plan(model, average).swapped()
+    with block:
+        pass
+    with pytest.raises(RuntimeError, match="entered before"), block:
+        pytest.fail("not reached")
+    assert same(bits(model), mine)
 
 
 @pytest.mark.usefixtures("backend")

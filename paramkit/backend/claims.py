@@ -10,6 +10,7 @@ import os
 import threading
 from bisect import bisect_right
 from collections.abc import Iterable
+from contextlib import suppress
 from operator import attrgetter
 from time import sleep
 from typing import TYPE_CHECKING
@@ -80,11 +81,14 @@ class Claim:
 
     def _take(self) -> None:
         self._thread = threading.get_ident()
+        # By the garbage collector, in the middle of this.
+        inside = _lock._is_owned()  # type: ignore[attr-defined]
         with _lock:
-            _claims[:] = [c for c in _claims if c._held.locked()]
-            holding = self._thread in [c._thread for c in _claims]
             _claims.append(self)
-            self._active = not self._blocked(holding)
+            live = _live()
+            # Nobody else can go on while this thread has the lock, so it does not wait with it.
+            holding = inside or any(c._thread == self._thread for c in live if c is not self)
+            self._active = not self._blocked(live, holding)
         if not self._active and holding:
             raise PlanError(
                 "another thread is at the same tensors, and cannot be waited for inside a write of this "
@@ -95,27 +99,37 @@ class Claim:
             pause = min(pause + 0.0005, _LONGEST_PAUSE)
             sleep(pause)
             with _lock:
-                self._active = not self._blocked(False)
+                self._active = not self._blocked(_live(), False)
 
-    def _blocked(self, holding: bool) -> bool:
+    def _blocked(self, live: list[Claim], holding: bool) -> bool:
         """Whether a claim of another thread is at the same memory, and one of the two writes it.
 
         One that came before, or that is at work. A thread that holds a claim looks at those at work alone: what waits
         may wait for it. So it may pass by what waits, which has to see it there, behind itself.
         """
         before = not holding
-        for other in list(_claims):
+        for other in live:
             if other is self:
                 before = False
             if other._thread == self._thread or not (before or other._active):
-                continue
-            if not other._held.locked():
                 continue
             for own, written in zip(self._sides, self._written):
                 for theirs, written_there in zip(other._sides, other._written):
                     if (written or written_there) and _meet(own, theirs):
                         return True
         return False
+
+
+def _live() -> list[Claim]:
+    """Those that are not over, in order; the others are forgotten. With the lock."""
+    live = []
+    for claim in tuple(_claims):
+        if claim._held.locked():
+            live.append(claim)
+        else:
+            with suppress(ValueError):  # the collector has been here
+                _claims.remove(claim)
+    return live
 
 
 def set_claims(wanted: bool) -> bool:

@@ -255,15 +255,15 @@ class Plan:
         views = [self._views(i, detach=True) for i in numbers]
         swap = _Swap([block for dst, src in views for block in _blocks(dst, src)])
 
+        done = self._exchanges + 1
+
         def go_on() -> None:
-            if swap.over:
-                return
             try:
                 swap.go_on()
-                self._exchanges += 1
             except Exception:
-                swap.turn_round()
+                shielded(swap.turn_round)
                 raise
+            self._exchanges = done
 
         shielded(go_on)
 
@@ -293,17 +293,12 @@ def moved_by_callback() -> PlanError:
 
 
 class _Swap:
-    """Pairs of tensors that are swapped one by one; may be interrupted anywhere, and goes on from there.
-
-    Attributes:
-        over: whether all are.
-    """
+    """Pairs of tensors that are swapped one by one; may be interrupted anywhere, and goes on from there."""
 
     def __init__(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         self._pairs = pairs
         self._kept = torch.empty(0)
         self._at = 0  # three stages a pair; each may be done twice
-        self.over = False
 
     def go_on(self) -> None:
         while self._at < 3 * len(self._pairs):
@@ -316,17 +311,19 @@ class _Swap:
             else:
                 src.copy_(self._kept)
             self._at += 1
-        self.over = True
 
     def turn_round(self) -> None:
-        """Swap back what was swapped, after an error."""
-        pair, stage = divmod(self._at, 3)
-        if stage:
-            self._pairs[pair][0].copy_(self._kept)
-        for dst, src in reversed(self._pairs[:pair]):
-            kept = dst.clone()
-            dst.copy_(src)
-            src.copy_(kept)
+        """Undo it stage by stage, after an error; that one may have been done too, or a part of it."""
+        while self._at > 0:
+            pair, stage = divmod(self._at, 3)
+            if stage == 0:
+                self._kept = self._pairs[pair - 1][1].clone()
+            elif stage == 1:
+                self._pairs[pair][0].copy_(self._kept)
+            else:
+                dst, src = self._pairs[pair]
+                src.copy_(dst)
+            self._at -= 1
 
 
 def _blocks(dst: Tensor, src: Tensor, elements: int = 1 << 17) -> Iterator[tuple[Tensor, Tensor]]:
