@@ -6,7 +6,7 @@ values themselves.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .blocks import boxes, cut
 from .errors import Finding, dtype_text
+from .interrupts import without_grad
 
 __all__ = [
     "CASTINGS",
@@ -254,8 +255,7 @@ def overflows(dst_dtype: torch.dtype, src_view: Tensor, limit: int = 1 << 20) ->
     """
     if src_view.numel() == 0 or not may_overflow(src_view.dtype, dst_dtype, src_view.device.type):
         return None
-    with torch.no_grad():
-        return _search(dst_dtype, src_view.detach(), max(32, limit // 32))
+    return without_grad(partial(_search, dst_dtype, src_view.detach(), max(32, limit // 32)))
 
 
 def may_overflow(src: torch.dtype, dst: torch.dtype, device: str = "cpu") -> bool:

@@ -6,14 +6,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-__all__ = ["settled", "shielded"]
+import torch
+
+__all__ = ["grad_mode_kept", "settled", "shielded", "without_grad"]
 
 _T = TypeVar("_T")
 
 # NOTE: [Interrupts] An interrupt (Ctrl-C, or the SystemExit of a handler of SIGTERM) may come at the beginning of every
 # function of Python, at the end of a call and at a jump back; so also in what puts things right after a first one. It
 # cannot come between what ends a `try` and the first call in its `except` or `finally`. So what must not be left
-# undone is such that it may be called again, is called from there, and again from there: three interrupts are not
+# undone is such that it may be called again, is called from there, and again from there: two interrupts are not
 # enough to leave it, wherever they come.
 _INTERRUPTS = (KeyboardInterrupt, SystemExit)
 
@@ -64,3 +66,22 @@ def settled(body: Callable[[], _T], settle: Callable[[BaseException], BaseExcept
             raise other from error
         finally:
             del other  # it knows this frame
+
+
+def grad_mode_kept(function: Callable[[], _T]) -> _T:
+    """Call a function of which an interrupt at the end of one of torch's `no_grad` may leave gradients off."""
+    before = torch.is_grad_enabled()
+    try:
+        return function()
+    finally:
+        torch._C._set_grad_enabled(before)
+
+
+def without_grad(function: Callable[[], _T]) -> _T:
+    """Call a function as `no_grad` does, whose own end an interrupt may prevent."""
+    before = torch.is_grad_enabled()
+    try:
+        torch._C._set_grad_enabled(False)
+        return function()
+    finally:
+        torch._C._set_grad_enabled(before)

@@ -20,7 +20,7 @@ from .conflicts import find_conflicts
 from .destinations import Destination, is_uninitialized, layout_finding
 from .errors import Finding, PlanError, SourceError
 from .fills import Constant, Mean
-from .interrupts import settled
+from .interrupts import settled, without_grad
 from .journal import Journal
 from .judge import conflict_finding, summary_of
 from .localize import local_tensor, local_writes
@@ -254,9 +254,8 @@ class _Stream:
             if isinstance(d.tensor, Spread):
                 wrappers.append(d.tensor.wrapper)
             for to, source, w in local_writes(write, d.tensor, self._source(write), d.name):
-                # Detached instead of under no_grad, which an interrupt may leave on.
-                dsts.append(view_of(to.detach(), w.sizes, w.dst_strides, w.dst_offset))
-                srcs.append(_seen(source, w).detach())
+                dsts.append(view_of(to, w.sizes, w.dst_strides, w.dst_offset))
+                srcs.append(_seen(source, w))
         self.done += len(writes)
         ties = r.proof.ties[self.tied :]
         self.tied += len(ties)
@@ -268,7 +267,7 @@ class _Stream:
             torch.autograd.graph.increment_version(wrappers)
         if dsts:
             with backend.trace() as traced:
-                foreach_copy_(dsts, srcs)
+                without_grad(partial(foreach_copy_, dsts, srcs))
             self.routes.update(traced.routes)
             self.sure = self.done
             self.bytes += sum(d.nbytes for d in dsts)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .interrupts import without_grad
 from .ops import foreach_copy_
 from .pieces import view_of
 
@@ -30,11 +32,10 @@ class Journal:
 
     def note(self, views: Iterable[Tensor]) -> None:
         """Copy views of destinations, before they are written."""
-        # Detached instead of under no_grad, which an interrupt may leave on.
-        views = [v.detach() for v in views if v.numel()]
+        views = [v for v in views if v.numel()]
         copies = [torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in views]
         if views:
-            foreach_copy_(copies, views)
+            without_grad(partial(foreach_copy_, copies, views))
         self._saved += zip(views, copies, strict=True)
 
     def note_plan(self, compiled: Any) -> None:
@@ -50,4 +51,4 @@ class Journal:
         views = [v for v, _ in reversed(self._saved)]
         copies = [c for _, c in reversed(self._saved)]
         if views:
-            foreach_copy_(views, copies)
+            without_grad(partial(foreach_copy_, views, copies))

@@ -20,7 +20,7 @@ from .backend import checks
 from .compiling import between_graphs
 from .destinations import is_uninitialized
 from .hooks import in_place_is_fine, is_torchs_load
-from .interrupts import settled
+from .interrupts import grad_mode_kept, settled, without_grad
 from .localize import local_pairs
 from .sharding import any_sharded, is_sharded
 from .sources import module_tensors
@@ -64,7 +64,7 @@ def load_state_dict(
         return run(model, state_dict, strict, assign)
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_state_dict: model must be an nn.Module, got {type(model).__name__}")
-    keys = _load(model, state_dict, strict, assign)
+    keys = grad_mode_kept(partial(_load, model, state_dict, strict, assign))
     if torn(model) is not None:
         clear(model, [name for name in state_dict if name not in keys.unexpected_keys])
     return keys
@@ -115,13 +115,19 @@ class _Recorder(TorchFunctionMode):
         self.own = {id(tensor) for _, tensor, *_ in module_tensors(model)}
         self.dsts: list[Tensor] = []
         self.srcs: list[Tensor] = []
+        self.over = False  # an interrupt at the end of a mode leaves it on
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.copy_ and len(args) == 2 and not kwargs and self._is_own(args[0]):
+        if (
+            not self.over
+            and func is Tensor.copy_
+            and len(args) == 2
+            and not kwargs
+            and self._is_own(args[0])
+        ):
             # torch collects what this raises and puts it into its own message.
             if not is_sharded(args[0]):
-                with torch.no_grad():
-                    checks.check_copy("copy_", None, args[0], args[1])
+                without_grad(partial(checks.check_copy, "copy_", None, args[0], args[1]))
             self.dsts.append(args[0])
             self.srcs.append(args[1])
             return args[0]
@@ -137,8 +143,14 @@ def _load_recorded(
 ) -> _IncompatibleKeys:
     """torch's own loading, with the copies done at the end, once it has found nothing wrong."""
     recorder = _Recorder(model)
-    with _meta_is_an_error(), recorder:
-        keys: _IncompatibleKeys = model.load_state_dict(state_dict, strict=strict)
+    depth = torch._C._len_torch_function_stack()
+    try:
+        with _meta_is_an_error(), recorder:
+            keys: _IncompatibleKeys = model.load_state_dict(state_dict, strict=strict)
+    finally:
+        recorder.over = True
+        if torch._C._len_torch_function_stack() > depth:
+            torch._C._pop_torch_function_stack()
     if recorder.dsts:
         dsts, srcs = recorder.dsts, recorder.srcs
         shards = any_sharded(dsts)
@@ -146,8 +158,8 @@ def _load_recorded(
             torch.autograd.graph.increment_version([t for t in dsts if is_sharded(t)])
             dsts, srcs = local_pairs(dsts, srcs)
         active = backend.active()
-        with torch.no_grad(), active.Claim(dsts, srcs):
-            active.foreach_copy_(dsts, srcs, False)
+        with active.Claim(dsts, srcs):
+            without_grad(partial(active.foreach_copy_, dsts, srcs, False))
     return keys
 
 
@@ -168,13 +180,18 @@ def _load_with_rollback(
             keys: _IncompatibleKeys = model.load_state_dict(state_dict, strict=strict)
             return keys
 
-    def put_back(error: BaseException) -> None:
+    def copy_back() -> None:
         for tensor, before in saved:
-            tensor.detach().copy_(before)
+            tensor.copy_(before)
+
+    def put_back(error: BaseException) -> None:
+        without_grad(copy_back)
+        put_tensors_back(error)
 
     with backend.active().Claim(list(tensors.values()), read):
         saved = [(t, t.detach().clone()) for t in tensors.values()]
-        return _restored_on_error(model, partial(settled, load, put_back))
+        put_tensors_back = _tensors_back(model)
+        return settled(load, put_back)
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
@@ -191,13 +208,11 @@ def _load_assigned(
         keys: _IncompatibleKeys = model.load_state_dict(state_dict, strict=strict, assign=True)
         return keys
 
-    return _restored_on_error(model, load)
+    return settled(load, _tensors_back(model))
 
 
-def _restored_on_error(
-    model: nn.Module, load: Callable[[], _IncompatibleKeys]
-) -> _IncompatibleKeys:
-    """On an error every module of the model gets the tensor objects back that it held before."""
+def _tensors_back(model: nn.Module) -> Callable[[BaseException], None]:
+    """What gives every module of the model the tensor objects back that it holds now."""
     tables: list[dict[str, Any]] = [t for m in model.modules() for t in (m._parameters, m._buffers)]
     saved = [dict(table) for table in tables]
 
@@ -206,7 +221,7 @@ def _restored_on_error(
             table.clear()
             table.update(before)
 
-    return settled(load, put_back)
+    return put_back
 
 
 @contextmanager

@@ -653,27 +653,30 @@ class _Swapped(AbstractContextManager[Report]):
 
     def __init__(self, block: Generator[Report, None, None]) -> None:
         self._block = block
+        self._entered = False
 
     def __enter__(self) -> Report:
         if torch.compiler.is_dynamo_compiling():
             return between_graphs(_Swapped.__enter__, "Plan.swapped")(self)
+        if self._entered:
+            raise RuntimeError("this block was entered before: call plan.swapped() for another one")
         try:
-            report = next(self._block, None)
+            self._entered = True
+            return next(self._block)
         except BaseException:
             self._block.close()
             raise
-        if report is None:
-            raise RuntimeError("this block was entered before: call plan.swapped() for another one")
-        return report
 
     def __exit__(self, *error: Any) -> None:
         compiling = False
         try:
             compiling = torch.compiler.is_dynamo_compiling()
         except BaseException:
-            next(self._block, None)
+            self._block.close()
             raise
         if compiling:
             return between_graphs(_Swapped.__exit__, "Plan.swapped")(self, *error)
+        if not self._entered:
+            raise RuntimeError("this block was not entered: with plan.swapped(): ...")
         next(self._block, None)
         return None

@@ -206,19 +206,24 @@ def test_an_exchange_that_fails_is_turned_round(
         monkeypatch.setattr(Tensor, "copy_", failing(Tensor.copy_))
         for first in range(1, 3 * 6 + 1):
             for second in (*range(first + 1, first + 20), 0):
-                copies, at = 0, {first: error, second: KeyboardInterrupt}
-                with pytest.raises((error, KeyboardInterrupt)), plan.swapped():
-                    pytest.fail("not reached")
-                at = {}
-                assert same(bits(model), mine) and same(bits(average), theirs), (first, second)
+                for again in {error, KeyboardInterrupt}:
+                    copies, at = 0, {first: error, second: again}
+                    with pytest.raises((error, KeyboardInterrupt)), plan.swapped():
+                        pytest.fail("not reached")
+                    at = {}
+                    assert same(bits(model), mine) and same(bits(average), theirs), (first, second)
 
 
 def test_a_block_is_entered_once() -> None:
     model, average = Net(), Net()
-    mine = bits(model)
+    mine, theirs = bits(model), bits(average)
     block = paramkit.plan(model, average).swapped()
+    with pytest.raises(RuntimeError, match="not entered"):
+        block.__exit__(None, None, None)
     with block:
-        pass
+        with pytest.raises(RuntimeError, match="entered before"), block:
+            pytest.fail("not reached")
+        assert same(bits(model), theirs)
     with pytest.raises(RuntimeError, match="entered before"), block:
         pytest.fail("not reached")
     assert same(bits(model), mine)

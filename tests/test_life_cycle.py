@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import signal
 import subprocess
@@ -398,11 +399,11 @@ def test_an_interrupt_at_every_point_of_swapped(route: str, kind: str) -> None:
         except Interrupt:
             sys.setprofile(None)
             if not is_whole():  # what puts it back had not begun
-                late.add(point.place.partition(",")[0])
+                late.add(point.place.rpartition(":")[0])
         sys.setprofile(None)
         assert is_whole() and torch.is_grad_enabled(), point.place
     assert point.seen > 150
-    assert late == {"call __exit__"}
+    assert late == {f"call __exit__, {inspect.getfile(paramkit.Plan)}"}
     plan.apply()
     assert not is_whole()
 
@@ -489,6 +490,42 @@ def test_a_second_interrupt_after_a_failure(
         plan.apply()
         assert paramkit.torn(model) is None
     assert hits > 5
+
+
+class Own(nn.Linear):
+    """Loads in a way of its own."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.bias = nn.Parameter(state_dict[prefix + "bias"].clone())
+
+
+@pytest.mark.parametrize("kind", ["recorded", "rolled back", "assigned"])
+def test_an_interrupt_at_every_point_of_load_state_dict(route: str, kind: str) -> None:
+    """Gradients are on, no mode is, and a model that is put back is put back whole."""
+    model = nn.Sequential(nn.Linear(2, 2), Own(2, 2) if kind == "rolled back" else nn.Linear(2, 2))
+    fill, new = partial(nn.init.constant_, val=1.0), torch.full((2, 2), 2.0)
+    for point in Points():
+        for p in model.parameters():
+            fill(p)
+        state_dict = {n: torch.full(p.shape, 2.0) for n, p in model.named_parameters()}
+        load = partial(paramkit.load_state_dict, model, state_dict, assign=kind == "assigned")
+        objects = list(model.parameters())
+        end = point.ends(partial(looking, point, load))
+        assert torch.is_grad_enabled(), point.place
+        assert torch._C._len_torch_function_stack() == 0, point.place
+        if end is not None and kind != "recorded":
+            assert held(model) in ({1.0}, {2.0}), point.place
+            if held(model) == {1.0}:
+                assert all(a is b for a, b in zip(objects, model.parameters(), strict=True))
+        assert torch.equal(model[0].weight.detach().copy_(new), new)
+        assert held(model[0]) != {1.0}
+    assert point.seen > 10
+
+
+def looking(point: Points, call: Callable[[], object]) -> None:
+    point.look()
+    call()
 
 
 def test_an_interrupt_of_a_write_that_waits(route: str, tmp_path: Path) -> None:

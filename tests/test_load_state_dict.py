@@ -401,6 +401,24 @@ def test_overridden_loading_that_writes_by_itself() -> None:
     assert torch.equal(model[1].weight, state["1.weight"])
 
 
+def test_an_error_after_what_was_loaded_puts_sparse_tensors_back_too() -> None:
+    """A copy gives them other tensors inside, so that a detached one would get them instead."""
+
+    class Fails(nn.Linear):
+        def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+            raise OSError("the disk is gone")
+
+    model = nn.Sequential(nn.Linear(2, 2), Fails(2, 2))
+    model[0].register_buffer("coo", torch.eye(3).to_sparse())
+    model[0].register_buffer("csr", torch.eye(3).to_sparse_csr())
+    before = {name: t.to_dense().clone() for name, t in model.state_dict().items()}
+    with pytest.raises(OSError, match="the disk is gone"):
+        paramkit.load_state_dict(model, {n: (t * 2).clone() for n, t in model.state_dict().items()})
+    for name, t in model.state_dict().items():
+        assert torch.equal(t.to_dense(), before[name]), name
+
+
 def test_overridden_load_state_dict() -> None:
     class Outer(nn.Linear):
         calls = 0

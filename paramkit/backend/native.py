@@ -261,7 +261,11 @@ class Plan:
             try:
                 swap.go_on()
             except Exception:
-                shielded(swap.turn_round)
+                try:
+                    swap.turn_round()
+                except BaseException:
+                    shielded(swap.turn_round)
+                    raise
                 raise
             self._exchanges = done
 
