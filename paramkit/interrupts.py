@@ -79,9 +79,9 @@ def grad_mode_kept(function: Callable[[], _T]) -> _T:
 
 def without_grad(function: Callable[[], _T]) -> _T:
     """Call a function as `no_grad` does, whose own end an interrupt may prevent."""
-    before = torch.is_grad_enabled()
-    try:
+
+    def off() -> _T:
         torch._C._set_grad_enabled(False)
         return function()
-    finally:
-        torch._C._set_grad_enabled(before)
+
+    return grad_mode_kept(off)

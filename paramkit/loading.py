@@ -203,12 +203,9 @@ def _load_assigned(
     model: nn.Module, state_dict: Mapping[str, Any], strict: bool
 ) -> _IncompatibleKeys:
     """torch's own assignment, undone on an error."""
-
-    def load() -> _IncompatibleKeys:
-        keys: _IncompatibleKeys = model.load_state_dict(state_dict, strict=strict, assign=True)
-        return keys
-
-    return settled(load, _tensors_back(model))
+    load = partial(model.load_state_dict, state_dict, strict=strict, assign=True)
+    keys: _IncompatibleKeys = settled(load, _tensors_back(model))
+    return keys
 
 
 def _tensors_back(model: nn.Module) -> Callable[[BaseException], None]:

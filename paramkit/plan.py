@@ -668,7 +668,6 @@ class _Swapped(AbstractContextManager[Report]):
             raise
 
     def __exit__(self, *error: Any) -> None:
-        compiling = False
         try:
             compiling = torch.compiler.is_dynamo_compiling()
         except BaseException:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import paramkit
 from tests.guards import Layout, place
 
-__all__ = ["held", "model_of", "values_of"]
+__all__ = ["COUNT", "STAGING", "eight", "eight_values", "held", "model_of", "plan_of", "values_of"]
+
+COUNT, STAGING = 8, 16384
 
 
 def model_of(count: int, numel: int, value: float = 0.0) -> nn.ParameterDict:
@@ -27,3 +34,23 @@ def values_of(value: float, count: int, numel: int, prefix: str = "") -> dict[st
 def held(model: nn.Module) -> set[float]:
     """The numbers in a model: one, unless it is a mix."""
     return {x.item() for p in model.parameters() for x in p.detach().aminmax()}
+
+
+def eight(numel: int, value: float = 0.0) -> nn.ParameterDict:
+    """A model of `COUNT` parameters."""
+    return model_of(COUNT, numel, value)
+
+
+def eight_values(numel: int, value: float) -> dict[str, Tensor]:
+    """A source of it."""
+    return values_of(value, COUNT, numel)
+
+
+def plan_of(model: nn.Module, kind: str, value: float, folder: Path) -> paramkit.Plan:
+    """A plan of such a model, from memory or from a file."""
+    source: Any = eight_values(next(model.parameters()).numel(), value)
+    if kind == "memory":
+        return paramkit.plan(model, source)
+    path = folder / f"{value}.safetensors"
+    save_file(source, path)
+    return paramkit.plan(model, path, staging=STAGING)

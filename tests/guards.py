@@ -63,9 +63,8 @@ def bits(tensor: Tensor) -> Tensor:
     """
     size = tensor.element_size()
     raw = storage_bytes(tensor)
-    if (
-        tensor.is_contiguous()
-    ):  # without an index for each element, and by numpy: torch may be patched
+    # Without an index for each element, and by numpy: torch may be patched.
+    if tensor.is_contiguous():
         start = tensor.storage_offset() * size
         copy = raw[start : start + tensor.numel() * size].numpy().copy()
         return torch.from_numpy(copy).view(tensor.numel(), size)
